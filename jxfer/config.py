@@ -1,0 +1,227 @@
+"""Every setting and every default: frozen dataclasses, and their way to JSON, hashes and back."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from jxfer.typing import InputError
+
+Schedule = Literal["constant", "cosine", "linear"]
+OptimizerName = Literal["sgd", "adamw", "lamb", "lion"]
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of the training images, made on the device inside the jitted step; all off by default."""
+
+    crop_padding: int = 0
+    """Pixels of zero padding before a random crop back to the original size."""
+    flip: bool = False
+    """Mirror left-right with probability 1/2."""
+    brightness: float = 0.0
+    """Largest relative change of brightness, contrast and (three channels) saturation."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution (Zhang et al. 2018, arXiv:1710.09412); 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution (Yun et al. 2019, arXiv:1905.04899); 0 is off."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any augmentation is on."""
+        return self != AugmentConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A data set and how its pixels are prepared."""
+
+    name: str = "tfds:jxfer_digits"
+    """`tfds:NAME[/CONFIG][:VERSION]`, `tfds:DIR` for a prepared folder, or `folder:PATH`."""
+    image_size: int | None = None
+    """Side in pixels to which images are resized on reading; None keeps the size they all have."""
+    channels: int | None = None
+    """1 or 3 to convert on reading; None keeps what the data set has."""
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted per channel from pixels in [0, 1]."""
+    std: tuple[float, ...] = (0.5,)
+    """Divided by, after the mean."""
+    test_fraction: float = 0.5
+    """Share of each class held out as the test split when the data set has none; the same for every seed."""
+    validation_fraction: float = 0.3
+    """Share of each class, of what is not test, drawn by seed as validation when the data set has no such split."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network: a name from `jxfer list models` and the type it computes in (parameters stay float32)."""
+
+    name: str = "convnet"
+    dtype: DType = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How one model is trained; `num_steps` counts optimizer updates over all phases."""
+
+    num_steps: int = 200
+    batch_size: int = 64
+    """Global batch size, whatever the number of devices."""
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    """Applied to parameters of two and more dimensions (kernels), not to biases and norms."""
+    momentum: float = 0.9
+    """Of sgd."""
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+    """Largest global norm of the gradients of what moves; None does not clip."""
+    num_microbatches: int = 1
+    """Gradient accumulation: the batch is processed in this many equal parts before one update."""
+    ema_decay: float | None = None
+    """Evaluate an exponential moving average of what moves; None keeps none."""
+    label_smoothing: float = 0.0
+    eval_every: int = 50
+    """Optimizer steps between looks at the validation split."""
+    log_every: int = 25
+    checkpoint_every: int | None = None
+    """Steps between checkpoints to resume from; None saves only the finished run."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay, besides the best on validation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; `data` takes what the others leave."""
+
+    fsdp: int = 1
+    model: int = 1
+    frozen: tuple[tuple[str, str], ...] = (("**", "replicated"),)
+    """Placement rules of frozen parameters: pattern -> `replicated`, `fsdp` or axes such as `None,model`."""
+    trainable: tuple[tuple[str, str], ...] = (("**", "fsdp"),)
+    """Placement rules of trainable parameters and their optimizer state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """What the weights come from: a data set to pre-train on once, or the weights of a finished run."""
+
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    weights: str | None = None
+    """`run:DIR` to take the weights of a finished run; None pre-trains on `data`."""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Settings tried for every method alike; validation chooses. Empty means the value of `train` alone."""
+
+    learning_rate: tuple[float, ...] = ()
+    weight_decay: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How the parameters of one label train, relative to the run's settings."""
+
+    learning_rate_scale: float = 1.0
+    weight_decay_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A partition with a duration: which labels train, for what share of the run's steps."""
+
+    name: str
+    train: tuple[str, ...]
+    """Labels that train; every other label is frozen."""
+    share: float = 1.0
+    """Part of the run's `num_steps`; the shares of a method's phases add up to 1."""
+    groups: tuple[tuple[str, Group], ...] = ()
+    """Label -> group, for the labels that differ from `Group()`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How to transfer, as data: labels over paths, alterations, penalties, and what trains when."""
+
+    name: str
+    start: Literal["source", "scratch"] = "source"
+    rules: tuple[tuple[str, str], ...] = (("head/**", "head"), ("**", "backbone"))
+    """Pattern -> label; `{last}` stands for the last stage with parameters before the head."""
+    surgeries: tuple[Any, ...] = ()
+    penalties: tuple[Any, ...] = ()
+    phases: tuple[Phase, ...] = ()
+    """In order; none means that nothing trains."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A source, a target, a model, and the methods, shots and seeds to compare."""
+
+    name: str
+    source: SourceConfig = SourceConfig()
+    target: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    search: SearchConfig = SearchConfig()
+    mesh: MeshConfig = MeshConfig()
+    methods: tuple[Method, ...] = ()
+    shots: tuple[int | None, ...] = (None,)
+    """Labelled training examples per class; `none` (Python None) takes all there are."""
+    seeds: int = 5
+    features: Literal["auto", "off"] = "auto"
+    """`auto` trains on stored features wherever that gives the same result; `off` always runs the whole model."""
+    wandb: bool = False
+    """Also log to Weights & Biases, if it is installed."""
+
+
+def to_dict(config: Any) -> Any:
+    """Returns `config` as JSON-ready dicts, lists and scalars; dataclasses outside this file carry their type's name."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        foreign = type(config).__module__ != __name__
+        return {"type": type(config).__name__, **fields} if foreign else fields
+    if isinstance(config, (tuple, list)):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def from_dict(cls: Any, values: Any) -> Any:
+    """Rebuilds what `to_dict` wrote, for a type of this file without surgeries or penalties.
+
+    Raises:
+      InputError: a field is unknown, so the file was written by another version or by hand.
+    """
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        if unknown := sorted(set(values) - set(hints)):
+            raise InputError(f"{cls.__name__} has no field {unknown[0]!r}; its fields: {', '.join(hints)}")
+        return typing.cast(Any, cls)(**{name: from_dict(hints[name], value) for name, value in values.items()})
+    if typing.get_origin(cls) is tuple and values is not None:
+        args = typing.get_args(cls)
+        element = [args[0]] * len(values) if args[-1] is Ellipsis else args
+        return tuple(from_dict(kind, value) for kind, value in zip(element, values, strict=True))
+    if isinstance(cls, types.UnionType) and values is not None:
+        return from_dict(next(kind for kind in typing.get_args(cls) if kind is not type(None)), values)
+    return values
+
+
+def config_hash(config: Any) -> str:
+    """Returns the first 16 hex digits of the SHA-256 of the config's canonical JSON."""
+    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save(config: Any, path: Path) -> None:
+    """Writes the resolved config as indented JSON, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    temporary.replace(path)

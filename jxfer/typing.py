@@ -1,0 +1,53 @@
+"""Names for what flows through jxfer, the axis letters of its shapes, and its one user-facing error.
+
+Axis letters: B batch, N examples of a split, K classes, H W C image rows, columns, channels, D features.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import numpy as np
+
+PyTree: TypeAlias = Any
+Path: TypeAlias = str
+"""A parameter path such as `layer4/0/conv1/kernel`."""
+
+Arrays: TypeAlias = dict[Path, jax.Array]
+"""A flat dict of arrays by path: what parameters and statistics are between modules, on disk and in the step."""
+
+Rules: TypeAlias = Sequence[tuple[str, Any]]
+"""Ordered `(pattern, value)` pairs over paths; the first match wins (`jxfer.paths`)."""
+
+Batch: TypeAlias = Mapping[str, Any]
+"""`image` [B H W C] or `features` [B ...], `label` [B] int32, `mask` [B] float32 with 0 on padded rows."""
+
+HostBatch: TypeAlias = dict[str, np.ndarray]
+"""The same, as NumPy arrays on their way to the devices."""
+
+Metrics: TypeAlias = dict[str, jax.Array]
+"""Name -> scalar; those an objective returns are sums over examples, with `count` among them."""
+
+
+class InputError(ValueError):
+    """Something the user gave does not fit; the message is one line naming the thing, the place and the likely fix.
+
+    The command line prints the message alone and exits with status 2.
+    """
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient norm became NaN or infinite; the message names the step and the metric."""
+
+
+class InterruptedRun(Exception):
+    """SIGTERM or SIGINT arrived and everything needed to continue is on disk (exit status 75)."""
+
+
+class Surgery(Protocol):
+    """A frozen dataclass that says how to alter a model before training (`jxfer.surgery`)."""
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Patterns of the parameters that this surgery initialises anew instead of taking from the source."""
+        ...

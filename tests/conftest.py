@@ -1,0 +1,35 @@
+"""What every test shares: eight virtual CPU devices, shapes checked at run time, and the folder of real data."""
+
+import os
+
+# Read by XLA when jax starts its backend, so set before anything imports jax.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+# flax's own annotations use typing generics that beartype calls deprecated.
+warnings.filterwarnings("ignore", message=".*PEP 585.*")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("jxfer", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets and weights; tests that need it skip where it is absent."""
+    root = Path(os.environ.get("JXFER_TEST_DATA", Path(__file__).parents[1] / "../shared/data")).resolve()
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root}; set JXFER_TEST_DATA")
+    return root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_caches(tmp_path_factory: pytest.TempPathFactory):
+    """Keeps data prepared by tests out of the user's cache directory."""
+    os.environ["JXFER_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+    yield
