@@ -1,0 +1,64 @@
+"""Loss and metrics of each kind of task: sums over examples on the device, means only at the end, on the host."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jxfer.typing import Batch, Metrics
+
+
+class Objective(Protocol):
+    """What a task asks of a model's outputs."""
+
+    def losses(self, outputs: jax.Array, batch: Batch) -> jax.Array:
+        """Returns the loss of each example, [B] float32."""
+        ...
+
+    def metrics(self, outputs: jax.Array, batch: Batch) -> Metrics:
+        """Returns sums over the examples whose mask is 1, with their number as `count`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Softmax cross-entropy over K classes; see `classification`."""
+
+    label_smoothing: float = 0.0
+
+    def losses(self, outputs: Float[Array, "B K"], batch: Batch) -> Float[Array, "B"]:
+        """Returns the cross-entropy in nats against the labels, or against `label_probs` where mixing made some."""
+        logits = outputs.astype(jnp.float32)
+        probs = batch.get("label_probs")
+        if probs is None:
+            probs = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        return optax.softmax_cross_entropy(logits, optax.smooth_labels(probs, self.label_smoothing))
+
+    def metrics(self, outputs: Float[Array, "B K"], batch: Batch) -> Metrics:
+        """Returns the sums of `loss` (against the true labels, not smoothed) and `accuracy`, and `count`."""
+        logits = outputs.astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = jnp.argmax(logits, -1) == batch["label"]
+        mask = batch["mask"]
+        return {"loss": jnp.sum(losses * mask), "accuracy": jnp.sum(correct * mask), "count": jnp.sum(mask)}
+
+
+def classification(label_smoothing: float = 0.0) -> Classification:
+    """Returns the objective of classification into exclusive classes.
+
+    Label smoothing mixes the labels with the uniform distribution (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+    """
+    return Classification(label_smoothing)
+
+
+def means(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Merges batches of sums and divides once by the number of examples, in float64."""
+    rows = list(sums)
+    count = math.fsum(float(row["count"]) for row in rows)
+    return {name: math.fsum(float(row[name]) for row in rows) / count for name in rows[0] if name != "count"}

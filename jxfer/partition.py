@@ -1,0 +1,324 @@
+"""Partitions: labels over a model's variables, and what follows from them - masks, split, merge, modes, audit, table.
+
+A parameter's label comes from the rules. What is not a parameter follows its layer, the smallest enclosing module that
+has parameters: normalisation statistics move only where the whole layer trains, random keys wherever any of it does.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from jxfer import paths
+from jxfer.config import Group
+from jxfer.typing import Arrays, InputError, Path, PyTree, Rules
+
+FROZEN = "frozen"
+
+Kind = Literal["parameter", "statistic", "random"]
+Keys = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One variable of a model and its label; `keys` is its path as NNX spells it."""
+
+    path: Path
+    keys: Keys
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+    label: str
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def moves(self) -> bool:
+        """Whether training changes it."""
+        return self.label != FROZEN
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to kernels and embeddings, not to biases and norms."""
+        return self.moves and self.kind == "parameter" and len(self.shape) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What moved over a phase: `leaks` should not have, `stuck` should."""
+
+    leaks: tuple[Path, ...]
+    stuck: tuple[Path, ...]
+    trainable_total: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether what is frozen is bit-identical and deterministic, and every trainable leaf moved."""
+        return not self.leaks and not self.stuck
+
+    def __str__(self) -> str:
+        parts = [f"frozen but changed or not deterministic: {', '.join(self.leaks[:3])}"] if self.leaks else []
+        parts += [f"trainable but never moved: {', '.join(self.stuck[:3])}"] if self.stuck else []
+        return "; ".join(parts) or f"frozen unchanged, all {self.trainable_total} trainable leaves moved"
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """The labels of one phase over every variable of a model. Compares and hashes by value."""
+
+    leaves: tuple[Leaf, ...]
+    groups: tuple[tuple[str, Group], ...] = ()
+
+    @classmethod
+    def of(cls, model: nnx.Module, rules: Rules, *, groups: Mapping[str, Group] | None = None) -> "Partition":
+        """Labels a model, real or abstract (`nnx.eval_shape`).
+
+        Args:
+          model: any NNX module.
+          rules: pattern -> label; the label `frozen` is reserved for what does not train.
+          groups: label -> how it trains, for the labels that differ from `Group()`.
+
+        Raises:
+          InputError: a parameter no rule covers, a rule that decides nothing, a group for a label that is not there.
+        """
+        variables = _variables(model)
+        labels = paths.match_rules([path for path, _, kind, _ in variables if kind == "parameter"], rules)
+        groups = dict(groups or {})
+        for name in groups:
+            if name not in labels.values():
+                raise paths.unknown("label in groups:", name, dict.fromkeys(labels.values()))
+        leaves = tuple(
+            Leaf(path, keys, tuple(value.shape), str(value.dtype), kind, labels.get(path) or _follow(keys, kind, labels))
+            for path, keys, kind, value in variables
+        )
+        return cls(leaves, tuple(sorted(groups.items())))
+
+    @property
+    def labels(self) -> dict[Path, str]:
+        """Path -> label of every parameter."""
+        return {leaf.path: leaf.label for leaf in self.leaves if leaf.kind == "parameter"}
+
+    @property
+    def trainable(self) -> tuple[Leaf, ...]:
+        """The parameters that train."""
+        return tuple(leaf for leaf in self.leaves if leaf.kind == "parameter" and leaf.moves)
+
+    @property
+    def params_total(self) -> int:
+        """Number of parameter elements, frozen and trainable."""
+        return sum(leaf.count for leaf in self.leaves if leaf.kind == "parameter")
+
+    @property
+    def params_trainable(self) -> int:
+        """Number of parameter elements that train."""
+        return sum(leaf.count for leaf in self.trainable)
+
+    def group(self, label: str) -> Group:
+        """Returns how the parameters of a label train."""
+        return dict(self.groups).get(label, Group())
+
+    def mask(self, *labels: str) -> Callable[[PyTree], PyTree]:
+        """Returns a function from any tree of this model's parameters to the same tree of booleans.
+
+        It serves as the mask of `optax.masked`, `optax.add_decayed_weights` and others, on nested dicts, flat dicts
+        and `nnx.State` alike. Mind that `optax.masked` passes the updates outside the mask through unchanged: to
+        freeze, train only what `split` returns, or use `optimizer`.
+
+        Raises:
+          InputError: a label no parameter has.
+        """
+        for label in labels:
+            if label not in self.labels.values():
+                raise paths.unknown("label", label, dict.fromkeys(self.labels.values()))
+        return _Labels(tuple(self.labels.items()), labels)
+
+    def optimizer(self, transforms: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+        """Returns one transform that applies to each label its own; frozen leaves, where given, stay still.
+
+        It works on what trains alone (as `init_state` uses it, with no state for anything frozen) and on full trees.
+
+        Raises:
+          InputError: a trainable label without a transform, or a transform for a label that is not there.
+        """
+        needed = {leaf.label for leaf in self.trainable}
+        for label in sorted(needed - set(transforms)):
+            raise InputError(f"no transform for label `{label}`; given: {', '.join(sorted(transforms))}")
+        for label in sorted(set(transforms) - needed):
+            raise paths.unknown("label with a transform:", label, sorted(needed))
+        return optax.partition({**transforms, FROZEN: optax.set_to_zero()}, _Labels(tuple(self.labels.items())))
+
+    def split(self, arrays: Mapping[Path, Any]) -> tuple[Arrays, Arrays]:
+        """Splits a flat dict of all variables into what moves and what is frozen; `merge` is the inverse."""
+        paths.check_same(arrays, {leaf.path: leaf for leaf in self.leaves}, what="split")
+        moving = {leaf.path: arrays[leaf.path] for leaf in self.leaves if leaf.moves}
+        return moving, {leaf.path: arrays[leaf.path] for leaf in self.leaves if not leaf.moves}
+
+    def merge(self, moving: Mapping[Path, Any], frozen: Mapping[Path, Any]) -> Arrays:
+        """Joins the halves of `split`.
+
+        Raises:
+          InputError: a path in both halves, in neither, on the wrong side, or of another shape than the model's.
+        """
+        for leaf in self.leaves:
+            if (leaf.path in moving) != leaf.moves or (leaf.path in frozen) == leaf.moves:
+                raise InputError(f"merge: `{leaf.path}` belongs to the {'moving' if leaf.moves else 'frozen'} half alone")
+        merged = {**moving, **frozen}
+        paths.check_same(merged, {leaf.path: leaf for leaf in self.leaves}, what="merge")
+        return {leaf.path: merged[leaf.path] for leaf in self.leaves}
+
+    def assemble(self, graphdef: nnx.GraphDef, arrays: Mapping[Path, Any]) -> nnx.Module:
+        """Returns the module with these arrays, compared by path and shape first because `nnx.merge` is positional."""
+        paths.check_same(arrays, {leaf.path: leaf for leaf in self.leaves}, what="assemble")
+        return nnx.merge(graphdef, nnx.from_flat_state({leaf.keys: arrays[leaf.path] for leaf in self.leaves}))
+
+    def train_graphdef(self, model: nnx.Module) -> nnx.GraphDef:
+        """Returns the structure for training: frozen layers normalise by their statistics and drop nothing out."""
+        labels = self.labels
+        view = _copy(model)
+        for keys, module in nnx.iter_modules(view):
+            _set_mode(module, *_modes(keys, labels))
+        return nnx.graphdef(view)
+
+    def random_modules(self, graphdef: nnx.GraphDef) -> tuple[Path, ...]:
+        """Returns the modules of frozen layers that are not in inference mode in `graphdef`: there should be none."""
+        labels = self.labels
+        template = {leaf.keys: jax.ShapeDtypeStruct(leaf.shape, np.float32) for leaf in self.leaves}
+        module = nnx.merge(graphdef, nnx.from_flat_state(template))
+        return tuple(
+            "/".join(map(str, keys))
+            for keys, module in nnx.iter_modules(module)
+            if (_modes(keys, labels)[0] and getattr(module, "deterministic", None) is False)
+            or (_modes(keys, labels)[1] and getattr(module, "use_running_average", None) is False)
+        )
+
+    def audit(self, before: Mapping[Path, str], after: Mapping[Path, str], graphdef: nnx.GraphDef) -> Audit:
+        """Compares the fingerprints of all variables at the start and at the end of a phase."""
+        leaks = [leaf.path for leaf in self.leaves if not leaf.moves and before[leaf.path] != after[leaf.path]]
+        stuck = [leaf.path for leaf in self.trainable if before[leaf.path] == after[leaf.path]]
+        return Audit((*leaks, *self.random_modules(graphdef)), tuple(stuck), len(self.trainable))
+
+    def __str__(self) -> str:
+        rows = [("path", "shape", "dtype", "count", "label", "rate ×", "decay ×")]
+        for leaf in self.leaves:
+            rate, decay = self.scales(leaf)
+            shape = "×".join(map(str, leaf.shape)) or "scalar"
+            rows.append((leaf.path, shape, leaf.dtype, f"{leaf.count:,}", leaf.label, f"{rate:g}", f"{decay:g}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{self.params_trainable:,} of {self.params_total:,} parameters train"])
+
+    def scales(self, leaf: Leaf) -> tuple[float, float]:
+        """Returns the factors of the run's learning rate and weight decay for a leaf; 0 where they do not apply."""
+        if not leaf.moves or leaf.kind != "parameter":
+            return 0.0, 0.0
+        group = self.group(leaf.label)
+        return group.learning_rate_scale, group.weight_decay_scale if leaf.decays else 0.0
+
+
+def arrays_of(model: nnx.Module) -> Arrays:
+    """Returns all variables of a model as a flat dict; the arrays are shared with the model, not copied."""
+    return {path: value for path, _, _, value in _variables(model)}
+
+
+def eval_graphdef(model: nnx.Module) -> nnx.GraphDef:
+    """Returns the structure for inference: every layer normalises by its statistics and drops nothing out."""
+    view = _copy(model)
+    for _, module in nnx.iter_modules(view):
+        _set_mode(module, True, True)
+    return nnx.graphdef(view)
+
+
+def fingerprint(arrays: Mapping[Path, jax.Array]) -> dict[Path, str]:
+    """Returns a hash of the bits of each array; equal exactly where dtype, shape and every bit are."""
+    return {path: _digest(value) for path, value in arrays.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Labels:
+    """Maps a tree of parameters to their labels or, with `selected`, to whether the label is one of these."""
+
+    labels: tuple[tuple[Path, str], ...]
+    selected: tuple[str, ...] = ()
+
+    def __call__(self, tree: PyTree) -> PyTree:
+        by_path = dict(self.labels)
+
+        def label(path: Path, _: Any) -> Any:
+            if path not in by_path:
+                raise InputError(f"the tree has `{path}`, the partition does not; nearest: {paths.nearest(path, by_path)}")
+            return by_path[path] in self.selected if self.selected else by_path[path]
+
+        return paths.map_with_paths(label, tree)
+
+
+def _variables(model: nnx.Module) -> list[tuple[Path, Keys, Kind, Any]]:
+    found = []
+    for keys, variable in nnx.to_flat_state(nnx.state(model)):
+        found.append(("/".join(map(str, keys)), keys, _kind(variable), variable.get_value()))
+    return found
+
+
+def _kind(variable: nnx.Variable) -> Kind:
+    if isinstance(variable, nnx.Param):
+        return "parameter"
+    return "random" if isinstance(variable, nnx.RngState) else "statistic"
+
+
+def _layer_labels(keys: Keys, labels: Mapping[Path, str]) -> set[str]:
+    """Returns the labels in the smallest module around `keys` that has parameters."""
+    for depth in range(len(keys), -1, -1):
+        prefix = "/".join(map(str, keys[:depth]))
+        if found := {label for path, label in labels.items() if not prefix or path.startswith(prefix + "/")}:
+            return found
+    return set()
+
+
+def _follow(keys: Keys, kind: Kind, labels: Mapping[Path, str]) -> str:
+    found = _layer_labels(keys[:-1], labels)
+    moving = sorted(found - {FROZEN})
+    if not moving or (kind == "statistic" and FROZEN in found):
+        return FROZEN
+    return moving[0]
+
+
+def _modes(keys: Keys, labels: Mapping[Path, str]) -> tuple[bool, bool]:
+    """Returns whether a module is deterministic and whether it uses running averages while its partition trains."""
+    return _follow((*keys, ""), "random", labels) == FROZEN, _follow((*keys, ""), "statistic", labels) == FROZEN
+
+
+def _set_mode(module: nnx.Module, deterministic: bool, use_running_average: bool) -> None:
+    if hasattr(module, "deterministic"):
+        module.deterministic = deterministic
+    if hasattr(module, "use_running_average"):
+        module.use_running_average = use_running_average
+
+
+def _copy(model: nnx.Module) -> nnx.Module:
+    """Returns another module over the same arrays, so that setting its modes leaves the caller's alone."""
+    return nnx.merge(*nnx.split(model))
+
+
+def _digest(value: jax.Array) -> str:
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    digest = hashlib.blake2b(f"{value.dtype}{value.shape}".encode(), digest_size=16)
+    for data in _whole_shards(value):
+        digest.update(np.ascontiguousarray(data).data)
+    return digest.hexdigest()
+
+
+def _whole_shards(value: jax.Array) -> Iterable[np.ndarray]:
+    """Yields one replica of each shard that this process holds, in the order of its place in the array."""
+    if not isinstance(value, jax.Array):
+        return [np.asarray(value)]
+    shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
+    return [np.asarray(s.data) for s in sorted(shards, key=lambda s: [(part.start or 0) for part in s.index])]

@@ -1,0 +1,1 @@
+"""What a method alters in a model before it trains."""
