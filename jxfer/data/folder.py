@@ -1,0 +1,140 @@
+"""A folder of images as a data set: sub-folder = class, with split folders around them if there are any."""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from jxfer.config import DataConfig
+from jxfer.data.dataset import MEMORY_BYTES, SPLIT_NAMES, Dataset, LazySplit, Split, decode_all, usual_splits
+from jxfer.data.images import ImageShape, decode, read_header
+from jxfer.typing import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One image in a class folder; `name` is its path inside the data set, with slashes."""
+
+    split: str
+    class_name: str
+    name: str
+    size: tuple[int, int]
+    """Height and width."""
+    channels: int
+
+
+def load_folder(config: DataConfig) -> Dataset:
+    """Loads `folder:PATH`.
+
+    A file that is no readable image is left out, logged as a warning and listed in `skipped`.
+
+    Raises:
+      InputError: the folder is missing or empty, has one class, or its images differ in size and
+        `config.image_size` is not set.
+    """
+    root = Path(config.name.removeprefix("folder:")).expanduser().absolute()
+    if not root.is_dir():
+        raise InputError(f"no folder '{root}'; data.name is folder:PATH with a sub-folder of images for each class")
+    files, unreadable = _scan(root)
+    class_names = _class_names(root, files)
+    shape = _common_shape(root, files, config)
+    height, width = (shape.size, shape.size) if shape.size else files[0].size
+    image_shape = (height, width, shape.channels)
+
+    opened = {
+        name: _open_split(root, [file for file in files if file.split == name], class_names, shape)
+        for name in dict.fromkeys(file.split for file in files)
+    }
+    splits: dict[str, Split] = dict(opened)
+    if len(files) * math.prod(image_shape) <= MEMORY_BYTES:
+        for name, split in opened.items():
+            splits[name], damaged = decode_all(split)
+            unreadable += [str(split.ids[index]) for index in damaged]
+    if unreadable:
+        log.warning("%d files in '%s' are no readable images: %s", len(unreadable), root, ", ".join(unreadable))
+    splits = usual_splits(splits, name=config.name)
+    return Dataset(root.name, _version(root, files), class_names, splits, image_shape, tuple(unreadable))
+
+
+def _scan(root: Path) -> tuple[list[File], list[str]]:
+    """Returns the images of all class folders in order of their paths, and the names of files that are none."""
+    folders = {path.name: path for path in _visible(root) if path.is_dir() and path.name in SPLIT_NAMES}
+    if "train" not in folders:
+        folders = {"train": root}
+    paths = [
+        (split, class_folder.name, path)
+        for split, folder in folders.items()
+        for class_folder in _visible(folder)
+        if class_folder.is_dir()
+        for path in _files_below(class_folder)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        headers = list(pool.map(_header, (path for _, _, path in paths)))
+    files, unreadable = [], []
+    for (split, class_name, path), header in zip(paths, headers, strict=True):
+        name = path.relative_to(root).as_posix()
+        if header is None:
+            unreadable.append(name)
+        else:
+            files.append(File(split, class_name, name, header[:2], header[2]))
+    return files, unreadable
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [file for path in _visible(folder) for file in (_files_below(path) if path.is_dir() else [path])]
+
+
+def _header(path: Path) -> tuple[int, int, int] | None:
+    try:
+        return read_header(path)
+    except OSError:
+        return None
+
+
+def _class_names(root: Path, files: list[File]) -> tuple[str, ...]:
+    """Returns the classes of the training split; there must be two, and those of the other splits among them."""
+    classes = sorted({file.class_name for file in files if file.split == "train"})
+    if not classes:
+        raise InputError(f"no images in '{root}'; put them into a sub-folder for each class")
+    if len(classes) == 1:
+        raise InputError(f"'{root}' has images of one class only, '{classes[0]}'; classification needs at least two")
+    for file in files:
+        if file.class_name not in classes:
+            raise InputError(f"class '{file.class_name}' has no training images, but there is '{root / file.name}'")
+    return tuple(classes)
+
+
+def _common_shape(root: Path, files: list[File], config: DataConfig) -> ImageShape:
+    """Decides size and channels: those of the config, else the size all images share, and colour if any has it."""
+    first = files[0]
+    for file in files:
+        if config.image_size is None and file.size != first.size:
+            sizes = ", ".join(f"'{each.name}' is {each.size[1]}x{each.size[0]}" for each in (first, file))
+            raise InputError(f"images in '{root}' differ in size: {sizes}; set data.image_size to resize them all")
+    return ImageShape(config.image_size, config.channels or max(file.channels for file in files))
+
+
+def _open_split(root: Path, files: list[File], class_names: tuple[str, ...], shape: ImageShape) -> LazySplit:
+    ids = np.array([file.name for file in files])
+    labels = np.array([class_names.index(file.class_name) for file in files], np.int32)
+    return LazySplit(ids, labels, lambda index: decode(root / files[index].name, shape))
+
+
+def _version(root: Path, files: list[File]) -> str:
+    """Returns a hash over the names and lengths of the files, by which a changed folder is noticed."""
+    digest = hashlib.sha256()
+    for file in files:
+        entry = f"{file.name}\n{(root / file.name).stat().st_size}\n"
+        digest.update(entry.encode(errors="surrogateescape"))  # names that are no UTF-8 are legal on Linux
+    return digest.hexdigest()[:16]

@@ -1,0 +1,99 @@
+"""From image files to uint8 arrays of one shape, through Pillow."""
+
+import dataclasses
+import io
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jxfer.typing import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")
+EXIF_ORIENTATION = 0x0112
+QUARTER_TURNS = (5, 6, 7, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageShape:
+    """The side to which images are resized (None keeps their own) and their number of channels."""
+
+    size: int | None
+    channels: int
+
+    def __post_init__(self):
+        if self.channels not in (1, 3):
+            raise InputError(f"data.channels is {self.channels}; choose 1 (grey) or 3 (colour)")
+        if self.size is not None and self.size < 1:
+            raise InputError(f"data.image_size is {self.size}; it must be at least 1 pixel")
+
+
+def encode_png(pixels: UInt8[np.ndarray, "H W"]) -> bytes:
+    """Returns a greyscale PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def read_header(file: Path | IO[bytes]) -> tuple[int, int, int]:
+    """Returns height, width and channels (1 or 3) without decoding the pixels; raises OSError if unreadable."""
+    with _open(file) as image:
+        height, width = image.height, image.width
+        if image.getexif().get(EXIF_ORIENTATION, 1) in QUARTER_TURNS:
+            height, width = width, height
+        return height, width, 1 if image.mode in GREY_MODES else 3
+
+
+def decode(file: Path | IO[bytes], shape: ImageShape) -> UInt8[np.ndarray, "H W C"]:
+    """Decodes one image, upright as its EXIF data say; the short side is resized and the middle cropped.
+
+    Raises:
+      OSError: the file is missing, damaged or no image.
+    """
+    from PIL import ImageOps
+
+    with _open(file) as image:
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except (ValueError, SyntaxError) as error:
+            raise OSError(str(error)) from error
+        converted = _to_8_bits(upright).convert("L" if shape.channels == 1 else "RGB")
+    if shape.size is not None and converted.size != (shape.size, shape.size):
+        converted = _resize_and_crop(converted, shape.size)
+    return np.asarray(converted).reshape(converted.height, converted.width, shape.channels)
+
+
+def _open(file: Path | IO[bytes]) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        return Image.open(file)
+    except (
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what damaged headers raise besides OSError
+        raise OSError(str(error)) from error
+
+
+def _to_8_bits(image: "Image.Image") -> "Image.Image":
+    """Scales 16-bit grey values; Pillow's own conversion would cut them off at 255."""
+    if image.mode not in ("I", "I;16", "I;16B"):
+        return image
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+
+
+def _resize_and_crop(image: "Image.Image", size: int) -> "Image.Image":
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    resized = image.resize((width, height), resample=2)  # bilinear; Pillow averages over the source pixels
+    left, top = (width - size) // 2, (height - size) // 2
+    return resized.crop((left, top, left + size, top + size))

@@ -1,0 +1,150 @@
+"""Data sets in the format of TensorFlow Datasets, read without TensorFlow."""
+
+import io
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jxfer.config import DataConfig
+from jxfer.data import prepare
+from jxfer.data.dataset import MEMORY_BYTES, Dataset, LazySplit, Split, decode_all, usual_splits
+from jxfer.data.images import ImageShape, decode
+from jxfer.typing import InputError
+
+NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+CHUNK = 1024
+
+
+def load_records(config: DataConfig) -> Dataset:
+    """Loads `tfds:NAME[/CONFIG][:VERSION]` or `tfds:DIR`.
+
+    Raises:
+      InputError: the data set is not prepared, is no image classification, holds a damaged image, or has images of
+        different sizes and `config.image_size` is not set.
+    """
+    import tensorflow_datasets as tfds
+
+    directory = _find(config.name.removeprefix("tfds:"))
+    builder = tfds.builder_from_directory(directory)
+    _check_format(builder, directory)
+    image_key, label_key = _keys(builder)
+    shape = _image_shape(builder, image_key, config)
+    opened = {name: _open_split(builder, name, image_key, label_key, shape) for name in builder.info.splits}
+    splits = usual_splits({name: split for name, split in opened.items() if _labelled(split)}, name=config.name)
+    image_shape = splits["train"].read(np.array([0]))["image"].shape[1:]
+    fits = sum(map(len, splits.values())) * math.prod(image_shape) <= MEMORY_BYTES
+    return Dataset(
+        name=builder.info.full_name.rsplit("/", 1)[0],
+        version=str(builder.version),
+        class_names=tuple(builder.info.features[label_key].names),
+        splits={name: _load(split) for name, split in splits.items()} if fits else splits,
+        image_shape=image_shape,
+    )
+
+
+def _find(name: str) -> Path:
+    """Returns the folder of a prepared version; prepares jxfer's own data sets."""
+    path = Path(name).expanduser()
+    if (path / "dataset_info.json").is_file():
+        return path.absolute()
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise InputError(f"no prepared data set at '{path}': it has no dataset_info.json; give the folder of a version")
+    if match["name"] in prepare.OWN:
+        return prepare.prepare(match["name"], config=match["config"], version=match["version"])
+    for root in _data_dirs():
+        if found := _newest(root / match["name"] / (match["config"] or ""), match["version"]):
+            return found
+    raise InputError(_how_to_prepare(name))
+
+
+def _data_dirs() -> list[Path]:
+    own = os.environ.get("TFDS_DATA_DIR")
+    return [*([Path(own)] if own else []), Path.home() / "tensorflow_datasets", prepare.cache_dir() / "tfds"]
+
+
+def _newest(folder: Path, version: str | None) -> Path | None:
+    """Returns the highest (or the given) version in `folder`, looking into a sole config if there is one."""
+    infos = [*folder.glob("*/dataset_info.json")] or [*folder.glob("*/*/dataset_info.json")]
+    if len({info.parents[1] for info in infos}) > 1:
+        configs = ", ".join(sorted({info.parents[1].name for info in infos}))
+        raise InputError(f"data set '{folder.name}' is prepared in several configs; add one to its name: {configs}")
+    versions = {tuple(map(int, info.parent.name.split("."))): info.parent for info in infos}
+    if version is not None:
+        return versions.get(tuple(map(int, version.split("."))))
+    return versions[max(versions)] if versions else None
+
+
+def _how_to_prepare(name: str) -> str:
+    looked = ", ".join(f"'{root}'" for root in _data_dirs())
+    return (
+        f"data set '{name}' is not prepared (looked in {looked}; jxfer's own: {', '.join(prepare.OWN)}). On a machine"
+        " with internet: pip install 'jxfer[prepare]' && python -c \"import tensorflow_datasets as tfds;"
+        f" tfds.builder('{name}', file_format='array_record').download_and_prepare()\"; then copy"
+        " ~/tensorflow_datasets here, or set TFDS_DATA_DIR to where it is"
+    )
+
+
+def _check_format(builder: Any, directory: Path) -> None:
+    found = builder.info.file_format.value
+    if found != "array_record":
+        raise InputError(
+            f"data set in '{directory}' is stored as {found}, which needs TensorFlow; where that is installed run"
+            f" tfds convert_format --dataset_dir={directory} --out_file_format=array_record --out_path=NEW_DIR"
+        )
+
+
+def _keys(builder: Any) -> tuple[str, str]:
+    """Returns the names of the image and of the label feature."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    supervised = builder.info.supervised_keys or (images[0] if images else None, labels[0] if labels else None)
+    if supervised[0] not in images or supervised[1] not in labels:
+        raise InputError(
+            f"data set '{builder.name}' is no image classification: its features are {', '.join(features)}"
+        )
+    return supervised[0], supervised[1]
+
+
+def _image_shape(builder: Any, image_key: str, config: DataConfig) -> ImageShape:
+    height, width, channels = builder.info.features[image_key].shape
+    if config.image_size is None and None in (height, width):
+        raise InputError(f"data set '{config.name}' has images of different sizes; set data.image_size")
+    return ImageShape(config.image_size, config.channels or (1 if channels == 1 else 3))
+
+
+def _open_split(builder: Any, name: str, image_key: str, label_key: str, shape: ImageShape) -> LazySplit:
+    """Opens a split without decoding images; labels are read now, `CHUNK` records at a time."""
+    import tensorflow_datasets as tfds
+
+    source = builder.as_data_source(split=name, decoders={image_key: tfds.decode.SkipDecoding()})
+    labels = [
+        record[label_key]
+        for start in range(0, len(source), CHUNK)
+        for record in source.__getitems__(range(start, min(start + CHUNK, len(source))))
+    ]
+    ids = np.array([f"{name}/{index:07d}" for index in range(len(labels))])
+
+    def image_at(index: int) -> np.ndarray:
+        return decode(io.BytesIO(source[index][image_key]), shape)
+
+    return LazySplit(ids, np.array(labels, np.int32), image_at)
+
+
+def _labelled(split: LazySplit) -> bool:
+    """Whether every example has a class; test splits of public contests often mark theirs with -1."""
+    return len(split) > 0 and bool((split.labels >= 0).all())
+
+
+def _load(split: LazySplit) -> Split:
+    loaded, bad = decode_all(split)
+    if bad:
+        raise InputError(f"data set has a damaged image: example {split.ids[bad[0]]}; prepare it again")
+    return loaded
