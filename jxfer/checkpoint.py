@@ -1,0 +1,291 @@
+"""Checkpoints through Orbax: the state of a run with its place in the data, and the weights of a finished run.
+
+On disk a tree is flat, `params/head/kernel` -> array, because nested containers come back in the order of their
+names: of twelve layers the third would be layer 10. A manifest, written last, makes a checkpoint whole: it lists
+every array and the size of every file, and both are checked before anything is restored.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jxfer import paths
+from jxfer.typing import InputError, PyTree
+
+_MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run: a sub-directory per step, of which the newest and the best stay.
+
+    Saving happens in the background, one save at a time; leaving the `with` block waits for the last.
+    """
+
+    def __init__(
+        self, directory: Path, *, keep_last: int = 2, keep_best: bool = True, best_metric: str = "accuracy"
+    ) -> None:
+        """Opens the checkpoints in `directory`, which the first save creates.
+
+        Args:
+          directory: holds nothing else.
+          keep_last: how many of the newest stay.
+          keep_best: whether the one with the largest `best_metric` stays too; of equals, the earliest.
+          best_metric: name of a metric given to `save`; the larger the better.
+        """
+        self._directory = Path(directory).absolute()
+        self._keep_last = keep_last
+        self._keep_best = keep_best
+        self._best_metric = best_metric
+        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Starts saving the state after `step` updates; the caller may donate `state` at once.
+
+        Args:
+          step: names the checkpoint; one that exists is replaced.
+          state: any tree of arrays, typed keys and numbers.
+          metrics: decide which checkpoint is the best.
+          extra: JSON-ready; returned by `restore`.
+
+        Raises:
+          InputError: the directory cannot be written; or what an earlier save raised.
+        """
+        self.wait()
+        _make_writable(self._directory)
+        flat = _flatten(state)
+        metadata = {"metrics": {k: float(v) for k, v in (metrics or {}).items()}, "extra": extra or {}}
+        manifest = {"arrays": _describe(flat), "metadata": metadata}
+        directory = self._directory / str(step)
+        response = _start_write(directory, flat)
+        self._pending = self._worker.submit(self._finish, response, directory, manifest)
+
+    def restore(self, template: PyTree, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
+        """Returns the state at `step` (None: the newest) and the `extra` saved with it.
+
+        Args:
+          template: a tree like the saved one, of arrays or of `jax.ShapeDtypeStruct`s with shardings; the result has
+            its structure and shardings, whatever devices the checkpoint was written from.
+          step: one of `steps()`.
+
+        Raises:
+          InputError: there is no such whole checkpoint, or its paths, shapes or types differ from the template's.
+        """
+        steps = self.steps()
+        if not steps or step not in (None, *steps):
+            wanted = "no whole checkpoint" if step is None else f"no whole checkpoint at step {step}"
+            raise InputError(f"{wanted} in {self._directory}; steps there: {', '.join(map(str, steps)) or 'none'}")
+        step = steps[-1] if step is None else step
+        directory = self._directory / str(step)
+        manifest = _read_manifest(directory)
+        state = _read(directory, manifest["arrays"], template, what=f"checkpoint at step {step}")
+        return state, manifest["metadata"]["extra"]
+
+    def steps(self) -> list[int]:
+        """Returns the steps of the whole checkpoints, ascending; one that is half-written or truncated is not one."""
+        return sorted(int(entry.name) for entry in _entries(self._directory) if _read_manifest(entry))
+
+    def latest(self) -> int | None:
+        """Returns the newest step there is a whole checkpoint of, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """Returns the step with the largest `best_metric`, or None where no checkpoint has it."""
+        values = {step: self._metric(step) for step in self.steps()}
+        return max((step for step in values if not math.isnan(values[step])), key=lambda s: values[s], default=None)
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk, and raises what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _finish(self, response: Any, directory: Path, manifest: dict[str, Any]) -> None:
+        response.result()
+        if jax.process_index() == 0:
+            _write_manifest(directory, manifest)
+            self._prune()
+
+    def _prune(self) -> None:
+        keep = {str(step) for step in self.steps()[-self._keep_last :]}
+        if self._keep_best:
+            keep.add(str(self.best()))
+        for entry in _entries(self._directory):
+            if entry.name not in keep:
+                shutil.rmtree(entry)
+
+    def _metric(self, step: int) -> float:
+        return _read_manifest(self._directory / str(step))["metadata"]["metrics"].get(self._best_metric, math.nan)
+
+
+def save_arrays(directory: Path, arrays: Mapping[str, Any], *, metadata: dict[str, Any]) -> None:
+    """Writes the weights of a finished run, whole or not at all; an earlier save in `directory` is replaced.
+
+    Raises:
+      InputError: the directory cannot be written.
+    """
+    directory = Path(directory).absolute()
+    _make_writable(directory.parent)
+    _start_write(directory, dict(arrays)).result()
+    _write_manifest(directory, {"arrays": _describe(arrays), "metadata": metadata})
+
+
+def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns what `save_arrays` wrote: arrays by path, on the host, and the metadata.
+
+    Raises:
+      InputError: there are no whole weights in `directory`.
+    """
+    directory = Path(directory).absolute()
+    manifest = _read_manifest(directory)
+    if not manifest:
+        raise InputError(f"no whole weights in {directory}; was the run that writes them interrupted?")
+    template = {path: np.empty(array["shape"], jnp.dtype(array["dtype"])) for path, array in manifest["arrays"].items()}
+    return _read(directory, manifest["arrays"], template, what=f"weights in {directory}"), manifest["metadata"]
+
+
+def weights_hash(arrays: Mapping[str, Any]) -> str:
+    """Returns the first 16 hex digits of the SHA-256 of paths, shapes, types and bytes, whatever their order."""
+    digest = hashlib.sha256()
+    for path, description in sorted(_describe(arrays).items()):
+        digest.update(json.dumps([path, description["shape"], description["dtype"]]).encode())
+        digest.update(np.ascontiguousarray(arrays[path]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _start_write(directory: Path, flat: Mapping[str, Any]) -> Any:
+    # Orbax refuses arrays of no elements and NumPy scalars; the manifest alone keeps the former.
+    stored = {path: leaf if isinstance(leaf, jax.Array) else np.array(leaf) for path, leaf in flat.items()}
+    return _orbax().save_async(directory, {k: v for k, v in stored.items() if v.size}, overwrite=True)
+
+
+def _read(directory: Path, saved: Mapping[str, Any], template: PyTree, *, what: str) -> PyTree:
+    wanted = _flatten(template)
+    _check(saved, wanted, what=what)
+    abstract = {path: _abstract(leaf) for path, leaf in wanted.items() if math.prod(np.shape(leaf))}
+    try:
+        loaded = _orbax().load(directory, abstract)
+    except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+        raise InputError(f"{what} cannot be read: {str(error).splitlines()[0]}") from error
+    leaves = [_like(leaf, loaded.get(path)) for path, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _check(saved: Mapping[str, Any], wanted: Mapping[str, Any], *, what: str) -> None:
+    expected = _describe(wanted)
+    for path in expected:
+        if path not in saved:
+            raise InputError(f"{what} has no `{path}`; nearest: {paths.nearest(path, saved)}")
+    for path, array in saved.items():
+        if path not in expected:
+            raise InputError(
+                f"{what} has `{path}`, for which there is no place; nearest: {paths.nearest(path, expected)}"
+            )
+        if array != expected[path]:
+            here, there = (f"{tuple(a['shape'])} {a['dtype']}" for a in (array, expected[path]))
+            raise InputError(f"{what}: `{path}` is {here}, but {there} is needed")
+
+
+def _describe(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        path: {
+            "shape": list(np.shape(leaf)),
+            "dtype": str(leaf.dtype if hasattr(leaf, "dtype") else np.array(leaf).dtype),
+        }
+        for path, leaf in flat.items()
+    }
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {paths.keypath(keys): leaf for keys, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise ValueError("two leaves of the tree have the same path")
+    return flat
+
+
+def _abstract(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return np.array(leaf)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _like(leaf: Any, value: Any) -> Any:
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return jax.device_put(np.empty(leaf.shape, leaf.dtype), _abstract(leaf).sharding) if value is None else value
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy() if value is None else value
+    return type(leaf)(value.item())
+
+
+def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
+    temporary = directory / f"{_MANIFEST}.tmp"
+    temporary.write_text(json.dumps({**manifest, "files": files}))
+    temporary.replace(directory / _MANIFEST)
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """Returns the manifest of a whole checkpoint, or an empty dict."""
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text())
+        whole = all((directory / name).stat().st_size == size for name, size in manifest["files"].items())
+    except (OSError, ValueError):
+        return {}
+    return manifest if whole else {}
+
+
+def _entries(directory: Path) -> list[Path]:
+    # Orbax writes to `40.orbax-checkpoint-tmp` and renames; such a leftover is an entry too, but never whole.
+    if not directory.is_dir():
+        return []
+    return [entry for entry in directory.iterdir() if entry.name.split(".")[0].isdigit()]
+
+
+def _make_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}") from error
+    if not os.access(directory, os.W_OK):
+        raise InputError(f"cannot write to {directory}: permission denied")
+
+
+def _orbax() -> Any:
+    from orbax.checkpoint import v1  # a quarter of a second that `jxfer --help` need not wait
+
+    return v1

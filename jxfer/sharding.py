@@ -1,0 +1,153 @@
+"""The device mesh, and where on it each array lives: parameters by rules, what follows them, and batches."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jxfer.config import MeshConfig
+from jxfer.paths import match_rules
+from jxfer.typing import Batch, HostBatch, InputError, Path, PyTree, Rules
+
+AXES = ("data", "fsdp", "model")
+"""The axes of every mesh. The batch is split over the first two; `fsdp` and `model` split parameters."""
+
+_SMALLEST_SHARDED = 2**10
+"""Leaves of fewer elements are replicated under `fsdp`: gathering them costs more than keeping them."""
+
+
+def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh over all devices (or `devices`); the `data` axis takes what `fsdp` and `model` leave.
+
+    Raises:
+      InputError: `fsdp` times `model` does not divide the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    inner = config.fsdp * config.model
+    if config.fsdp < 1 or config.model < 1 or len(devices) % inner:
+        choices = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+        sizes = f"mesh.fsdp {config.fsdp} times mesh.model {config.model}"
+        raise InputError(f"{sizes} does not divide {len(devices)} device(s); their product must be one of {choices}")
+    shape = (len(devices) // inner, config.fsdp, config.model)
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def param_specs(arrays: Mapping[Path, Any], rules: Rules, mesh: Mesh) -> dict[Path, NamedSharding]:
+    """Returns the sharding of each parameter, in the order of `arrays` (anything with a `shape`).
+
+    The value of a rule is `replicated`, `fsdp` (the largest dimension that the `fsdp` axis divides is split; small
+    leaves and those without such a dimension are replicated) or one axis or `None` per dimension: `None,model`.
+    Give all parameters of the model, frozen and trainable: rules are judged against the model, not against the part
+    of it that one phase happens to train.
+
+    Raises:
+      InputError: a leaf is covered by no rule, a rule decides nothing, or axes do not fit a leaf's shape.
+    """
+    values = match_rules(arrays, rules)
+    return {path: NamedSharding(mesh, _spec(path, arrays[path].shape, value, mesh)) for path, value in values.items()}
+
+
+def state_shardings(state: PyTree, specs: Mapping[Path, NamedSharding], mesh: Mesh) -> PyTree:
+    """Returns a tree like `state` of shardings: what belongs to a parameter lives where the parameter lives.
+
+    A leaf belongs to a parameter if a dict key on the way to it is the parameter's path and the leaf can be split as
+    the parameter is: moments, gradient accumulators and averages follow, whatever Optax wraps them in. Everything
+    else (counts, keys, factored moments of lower rank) is replicated.
+    """
+
+    def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = (key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+        spec = next((specs[name] for name in names if name in specs), None)
+        return spec if spec is not None and _fits(spec, np.shape(leaf)) else NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns a copy of `tree` placed as `shardings` says; donating the copy leaves `tree` alive."""
+    return jax.device_put(jax.tree.map(_copy, tree), shardings)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its leading axis split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Returns into how many parts a batch is split; the number of its rows must be a multiple."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def pad_batch(batch: HostBatch, *, multiple: int) -> HostBatch:
+    """Returns the batch with its rows padded to a multiple; copies of row 0, real values for norms, with `mask` 0."""
+    num_rows = len(next(iter(batch.values())))
+    num_padding = -num_rows % multiple
+    batch = {"mask": np.ones(num_rows, np.float32)} | batch
+    if num_padding == 0:
+        return batch
+    rows = np.concatenate([np.arange(num_rows), np.zeros(num_padding, np.int64)])
+    padded = {name: values[rows] for name, values in batch.items()}
+    padded["mask"][num_rows:] = 0
+    return padded
+
+
+def put_batch(batch: HostBatch, mesh: Mesh) -> Batch:
+    """Returns the batch on the devices of the mesh; with several processes, each gives its own rows.
+
+    Raises:
+      InputError: the rows do not divide among the devices; `pad_batch` first.
+    """
+    sharding = batch_sharding(mesh)
+    num_rows, num_shards = len(next(iter(batch.values()))), num_batch_shards(mesh)
+    if num_rows * jax.process_count() % num_shards:
+        raise InputError(f"a batch of {num_rows} rows does not divide into {num_shards} shards; use `pad_batch` first")
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}
+
+
+def _spec(path: Path, shape: tuple[int, ...], value: str, mesh: Mesh) -> PartitionSpec:
+    if value == "replicated":
+        return PartitionSpec()
+    if value == "fsdp":
+        return _fsdp_spec(shape, mesh.shape["fsdp"])
+    axes = [None if axis.strip() == "None" else axis.strip() for axis in value.split(",")]
+    if unknown := [axis for axis in axes if axis not in (None, *AXES)]:
+        raise InputError(
+            f"`{value}` for `{path}`: no mesh axis {unknown[0]!r}; use replicated, fsdp, or None and {AXES}"
+        )
+    used = [axis for axis in axes if axis is not None]
+    if len(axes) != len(shape) or len(set(used)) != len(used):
+        raise InputError(f"`{value}` for `{path}` of shape {shape}: name one axis or None per dimension, none twice")
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise InputError(
+                f"`{value}` for `{path}` of shape {shape}: {axis}={mesh.shape[axis]} does not divide {size}"
+            )
+    return PartitionSpec(*axes)
+
+
+def _fsdp_spec(shape: tuple[int, ...], num_shards: int) -> PartitionSpec:
+    divisible = [axis for axis, size in enumerate(shape) if size % num_shards == 0]
+    if num_shards == 1 or math.prod(shape) < _SMALLEST_SHARDED or not divisible:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*("fsdp" if axis == largest else None for axis in range(len(shape))))
+
+
+def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    if len(sharding.spec) not in (0, len(shape)):
+        return False
+    sizes = [1 if axis is None else sharding.mesh.shape[axis] for axis in sharding.spec]
+    return all(size % parts == 0 for size, parts in zip(shape, sizes, strict=False))
+
+
+def _copy(leaf: Any) -> Any:
+    # Going from one device to several, device_put keeps the old buffer as the first replica even with
+    # may_alias=False (and newer jax keeps NumPy memory): copy where the leaf is, then move.
+    if isinstance(leaf, jax.Array):
+        return jax.device_put(leaf, leaf.sharding, may_alias=False)
+    return np.array(leaf)
