@@ -1,0 +1,42 @@
+"""Turns an ablation's directory into `report.html`, `report.md` and figures, and its results into a terminal table."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jxfer.report.directory import read_directory
+from jxfer.report.document import Block, Document, Figure, Fold, Gallery
+from jxfer.report.markdown import markdown
+from jxfer.report.page import html
+from jxfer.report.sections import document
+from jxfer.report.tables import summary_table
+
+__all__ = ["build", "summary_table"]
+
+
+def build(directory: Path) -> None:
+    """Writes `report.html`, `report.md` and their `*.png` into `directory`, each whole or not at all.
+
+    Raises:
+      InputError: there are no finished runs, or a file of the directory cannot be understood.
+    """
+    report = document(read_directory(directory))
+    for name, png in _pngs(report):
+        _write(directory / f"{name}.png", png)
+    _write(directory / "report.md", markdown(report).encode())
+    _write(directory / "report.html", html(report).encode())
+
+
+def _pngs(report: Document) -> Iterator[tuple[str, bytes]]:
+    blocks: list[Block] = [block for section in report.sections for block in section.blocks]
+    while blocks:
+        match blocks.pop(0):
+            case Figure(name=name, png=png) | Gallery(name=name, png=png):
+                yield name, png
+            case Fold(blocks=inner):
+                blocks.extend(inner)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

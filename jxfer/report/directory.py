@@ -1,0 +1,125 @@
+"""Reads what an ablation left in its directory; a report needs only results, and what else is missing stays empty."""
+
+import dataclasses
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jxfer.report.results import Results, Row, Shots, collect, read_results
+from jxfer.typing import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictions:
+    """What one run said about the test split: `ids` [N] str, `labels` and `predicted` [N] int, `num_classes` K."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    predicted: np.ndarray
+    num_classes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """Pictures of some test examples: `ids` [M] str and `images` [M H W C] uint8."""
+
+    ids: np.ndarray
+    images: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Material:
+    """Everything a report is made from."""
+
+    directory: Path
+    results: Results
+    experiment: dict[str, Any]
+    versions: dict[str, Any]
+    plans: list[dict[str, Any]]
+    classes: tuple[str, ...]
+    """Names of the target's classes; empty if unknown."""
+    examples: Examples | None
+    source_validation: Row | None
+    """Last look at the validation split in pre-training, from `source/metrics.jsonl`."""
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Methods that start from random weights: what transfer must beat."""
+        configured = {m["name"]: m.get("start") for m in self.experiment.get("methods", ())}
+        return tuple(name for name in self.results.methods if configured.get(name, name) == "scratch")
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its number where no name is known."""
+        return self.classes[index] if index < len(self.classes) else str(index)
+
+
+def read_directory(directory: Path) -> Material:
+    """Reads `directory` as an ablation wrote it.
+
+    Raises:
+      InputError: it holds no result, or a file in it is not what its name says.
+    """
+    rows = read_results(directory / "results.jsonl")
+    if not rows:
+        raise InputError(f"no finished runs in {directory}")
+    experiment = _read_json(directory / "experiment.json", {})
+    order = [method["name"] for method in experiment.get("methods", ())]
+    return Material(
+        directory=directory,
+        results=collect(rows, order),
+        experiment=experiment,
+        versions=_read_json(directory / "versions.json", {}),
+        plans=_read_json(directory / "plans.json", []),
+        classes=tuple(_read_json(directory / "classes.json", {}).get("target", ())),
+        examples=_read_examples(directory / "examples.npz"),
+        source_validation=_last_validation(directory / "source" / "metrics.jsonl"),
+    )
+
+
+def read_predictions(directory: Path, *, method: str, shots: Shots, seed: int) -> Predictions | None:
+    """Reads a run's predictions on the test split; None if the file is missing or broken (captions say how many)."""
+    name = f"{method}-shots{'all' if shots is None else shots}-seed{seed}"
+    arrays = _read_arrays(directory / "runs" / name / "predictions.npz", ("ids", "labels", "logits"))
+    if arrays is None or arrays["logits"].ndim != 2:
+        return None
+    logits = arrays["logits"]
+    return Predictions(arrays["ids"], arrays["labels"], logits.argmax(axis=1), logits.shape[1])
+
+
+def _read_examples(path: Path) -> Examples | None:
+    arrays = _read_arrays(path, ("ids", "images"))
+    return None if arrays is None or not len(arrays["ids"]) else Examples(arrays["ids"], arrays["images"])
+
+
+def _read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    if not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); remove it to report without it") from None
+    if not isinstance(value, type(default)):
+        raise InputError(f"{path} holds a {type(value).__name__}, not a {type(default).__name__}; remove it")
+    return value
+
+
+def _last_validation(path: Path) -> Row | None:
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # torn by a kill; the rows before it stand
+            continue
+    looks = [row for row in rows if row.get("split") == "validation" and row.get("accuracy") is not None]
+    return looks[-1] if looks else None
