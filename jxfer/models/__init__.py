@@ -7,15 +7,18 @@ from flax import nnx
 
 from jxfer import paths
 from jxfer.config import ModelConfig
-from jxfer.models import convnet
-from jxfer.models.convnet import ConvNet, ConvNetConfig
+from jxfer.models import cifar_resnet, convnet, resnet
 from jxfer.models.stages import Staged, run_stages, stage_of
 from jxfer.typing import InputError
 
 __all__ = ["Staged", "build", "names", "run_stages", "stage_of"]
 
-_CONFIGS: dict[str, Any] = {**convnet.CONFIGS}
-_ARCHITECTURES: dict[type, Any] = {ConvNetConfig: ConvNet}
+_CONFIGS: dict[str, Any] = {**convnet.CONFIGS, **cifar_resnet.CONFIGS, **resnet.CONFIGS}
+_ARCHITECTURES: dict[type, Any] = {
+    convnet.ConvNetConfig: convnet.ConvNet,
+    cifar_resnet.CifarResNetConfig: cifar_resnet.CifarResNet,
+    resnet.ResNetConfig: resnet.ResNet,
+}
 
 
 def names() -> tuple[str, ...]:

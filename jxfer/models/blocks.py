@@ -42,6 +42,18 @@ def max_pool(x: Float[Array, "B H W C"], size: int, *, padding: int = 0) -> Floa
     return nnx.max_pool(x, (size, size), strides=(2, 2), padding=((padding, padding), (padding, padding)))
 
 
+class ConvLayer(nnx.Module):
+    """3×3 convolution, batch norm, ReLU."""
+
+    def __init__(self, in_features: int, out_features: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv = conv(in_features, out_features, 3, stride=stride, dtype=dtype, rngs=rngs)
+        self.bn = batch_norm(out_features, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        """Divides the sides of the image by the stride, rounding up."""
+        return nnx.relu(self.bn(self.conv(x)))
+
+
 class GlobalPool(nnx.Module):
     """Averages over all pixels."""
 
@@ -71,7 +83,7 @@ class BasicBlock(nnx.Module):
         self.downsample = downsample
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        """Maps activations [B H W C] to [B H/stride W/stride out_features]."""
+        """Divides the sides of the image by the stride, rounding up."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = nnx.relu(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
