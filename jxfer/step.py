@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from jxfer.config import MeshConfig
+from jxfer.models.stages import run_stages
 from jxfer.objectives import Objective
 from jxfer.partition import Partition, arrays_of, eval_graphdef
 from jxfer.sharding import param_specs, place, state_shardings
@@ -107,16 +108,20 @@ def place_state(
     state: TrainState, fixed: Fixed, mesh: jax.sharding.Mesh, config: MeshConfig
 ) -> tuple[TrainState, Fixed]:
     """Puts the state and the frozen part onto a mesh by the placement rules of each; the step keeps them there."""
-    specs = param_specs(state.params, config.trainable, mesh) if state.params else {}
+    params = {**state.params, **fixed.params}  # rules are judged against the whole model, not against one phase's part
+    specs = param_specs(params, config.trainable, mesh)
+    frozen_specs = param_specs(params, config.frozen, mesh)
     shardings = state_shardings(state, specs, mesh)
-    frozen_specs = param_specs(fixed.params, config.frozen, mesh) if fixed.params else {}
     old = fixed.definition
-    definition = _define(
-        old.partition, old.train_graphdef, old.eval_graphdef, old.tx, tuple(jax.tree.leaves(shardings))
+    leaves = tuple(jax.tree.leaves(shardings))
+    definition = _define(old.partition, old.train_graphdef, old.eval_graphdef, old.tx, leaves)
+    placed = Fixed(
+        jax.device_put(fixed.params, state_shardings(fixed.params, frozen_specs, mesh)),
+        jax.device_put(fixed.variables, state_shardings(fixed.variables, {}, mesh)),
+        jax.device_put(fixed.reference, state_shardings(fixed.reference, specs, mesh)),
+        definition,
     )
-    fixed = dataclasses.replace(fixed, definition=definition)
-    reference_specs = {**state_shardings(fixed, {**frozen_specs, **specs}, mesh).__dict__, "definition": definition}
-    return place(state, shardings), place(fixed, Fixed(**reference_specs))
+    return place(state, shardings), placed
 
 
 def merge_state(state: TrainState, fixed: Fixed) -> Arrays:
@@ -128,6 +133,17 @@ def merge_state(state: TrainState, fixed: Fixed) -> Arrays:
 def from_image(model: Any, batch: Batch) -> jax.Array:
     """Runs the whole model on `image`."""
     return model(batch["image"])
+
+
+@dataclasses.dataclass(frozen=True)
+class FromStage:
+    """Runs a staged model from stage `start` on `features`, the stored activations before it."""
+
+    start: str
+
+    def __call__(self, model: Any, batch: Batch) -> jax.Array:
+        """Returns the model's outputs."""
+        return run_stages(model, batch["features"], start=self.start)
 
 
 @functools.lru_cache(maxsize=128)
@@ -203,7 +219,7 @@ def _with_mask(batch: Batch) -> Batch:
 def _accumulate(
     objective: Objective, apply: Apply, state: TrainState, fixed: Fixed, batch: Batch, num_microbatches: int
 ) -> tuple[Arrays, Arrays, Metrics]:
-    """Returns gradients of the mean loss, the variables after the forward passes, and the metrics, summed over parts."""
+    """Returns gradients of the mean loss, the variables after the forward passes, and the metrics summed over parts."""
     total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
 
     def loss_fn(params: Arrays, variables: Arrays, part: Batch) -> tuple[jax.Array, tuple[Arrays, Metrics]]:
@@ -226,9 +242,7 @@ def _accumulate(
     return grads, variables, jax.tree.map(lambda values: jnp.sum(values, 0), metrics)
 
 
-def _forward(
-    apply: Apply, fixed: Fixed, params: Arrays, variables: Arrays, batch: Batch
-) -> tuple[jax.Array, Arrays]:
+def _forward(apply: Apply, fixed: Fixed, params: Arrays, variables: Arrays, batch: Batch) -> tuple[jax.Array, Arrays]:
     """Runs the model in training mode and returns its outputs and the moving variables as it left them."""
     partition = fixed.definition.partition
     arrays = partition.merge({**params, **variables}, {**fixed.params, **fixed.variables})

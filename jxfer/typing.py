@@ -40,14 +40,17 @@ class NonFiniteError(FloatingPointError):
     """A loss or gradient norm became NaN or infinite; the message names the step and the metric."""
 
 
-class InterruptedRun(Exception):
+class AuditError(RuntimeError):
+    """Something frozen changed, or something trainable never moved; the message names the paths."""
+
+
+class InterruptedRun(Exception):  # noqa: N818 - an ending, not an error
     """SIGTERM or SIGINT arrived and everything needed to continue is on disk (exit status 75)."""
 
 
 class Surgery(Protocol):
-    """A frozen dataclass that says how to alter a model before training (`jxfer.surgery`)."""
+    """A frozen dataclass that alters a model before training (`jxfer.surgery`)."""
 
-    @property
-    def fresh(self) -> tuple[str, ...]:
-        """Patterns of the parameters that this surgery initialises anew instead of taking from the source."""
+    def __call__(self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: Any) -> None:
+        """Alters the module in place; must also work on an abstract one inside `nnx.eval_shape`."""
         ...

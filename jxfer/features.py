@@ -1,0 +1,53 @@
+"""Activations at the frozen boundary: what the frozen prefix of stages makes of each example, computed once."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jxfer.data import ArraySplit, Split, eval_batches
+from jxfer.models.stages import run_stages
+from jxfer.partition import Partition
+from jxfer.sharding import put_batch
+from jxfer.step import Fixed, Prepare, TrainState, merge_state
+from jxfer.typing import Batch
+
+FeatureStep = Callable[[TrainState, Fixed, Batch], jax.Array]
+
+
+def frozen_boundary(partition: Partition, stages: Sequence[str]) -> str | None:
+    """Returns the first stage with anything trainable or random; None where that is the first, or there is none."""
+    moving = {leaf.path.split("/")[0] for leaf in partition.leaves if leaf.moves}
+    first = next((stage for stage in stages if stage in moving), None)
+    return None if not stages or first == stages[0] else first
+
+
+@functools.lru_cache(maxsize=64)
+def make_feature_step(prepare: Prepare | None, *, stop: str) -> FeatureStep:
+    """Returns the jitted `(state, fixed, batch) -> features`, the activations before stage `stop`, [B ...]."""
+
+    def feature_step(state: TrainState, fixed: Fixed, batch: Batch) -> jax.Array:
+        batch = prepare(jax.random.key(0), batch) if prepare else batch
+        definition = fixed.definition
+        model = definition.partition.assemble(definition.eval_graphdef, merge_state(state, fixed))
+        return run_stages(model, batch["image"], stop=stop)
+
+    return jax.jit(feature_step)
+
+
+def extract(
+    feature_step: FeatureStep,
+    state: TrainState,
+    fixed: Fixed,
+    split: Split,
+    *,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+) -> ArraySplit:
+    """Returns the split with `features` in place of its images, in the order of its examples."""
+    rows = []
+    for batch in eval_batches(split, batch_size=batch_size):
+        features = jax.device_get(feature_step(state, fixed, put_batch(batch, mesh)))
+        rows.append(features[batch["mask"] > 0])
+    return ArraySplit(ids=split.ids, labels=split.labels, arrays={"features": np.concatenate(rows)})

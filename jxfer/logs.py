@@ -1,0 +1,102 @@
+"""What a run writes while it trains: `metrics.jsonl`, TensorBoard events and, if asked, Weights & Biases."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jxfer.typing import InputError
+
+Row = dict[str, Any]
+"""`step`, `phase`, `variant`, `split`, and the metrics by name."""
+
+LogRow = Callable[[Row], None]
+
+
+@contextlib.contextmanager
+def open_logs(directory: Path, *, name: str, config: Any, wandb: bool) -> Iterator[LogRow]:
+    """Opens the logs of a run and yields the function that writes one row to all of them.
+
+    Args:
+      directory: of the run; `metrics.jsonl` continues what is there.
+      name: of the run, for Weights & Biases.
+      config: JSON-ready, for Weights & Biases.
+      wandb: whether to log there too.
+
+    Raises:
+      InputError: Weights & Biases is asked for and not installed.
+    """
+    with contextlib.ExitStack() as stack:
+        sinks = [_jsonl(directory, stack), _tensorboard(directory, stack)]
+        if wandb:
+            sinks.append(_wandb(name, config, stack))
+
+        def log(row: Row) -> None:
+            for sink in sinks:
+                sink(row)
+
+        yield log
+
+
+def rewind(directory: Path, *, keep: Callable[[Row], bool]) -> None:
+    """Drops the rows of `metrics.jsonl` that a resumed run is about to write again, and a torn last line."""
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = [row for row in map(_parse, path.read_text().splitlines()) if row is not None and keep(row)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary.replace(path)
+
+
+def _parse(line: str) -> Row | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    return {name: value for name, value in row.items() if isinstance(value, float)}
+
+
+def _tag(row: Row) -> str:
+    return "/".join(filter(None, (row.get("variant"), row["phase"], row["split"])))
+
+
+def _jsonl(directory: Path, stack: contextlib.ExitStack) -> LogRow:
+    file = stack.enter_context((directory / "metrics.jsonl").open("a"))
+
+    def log(row: Row) -> None:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+
+    return log
+
+
+def _tensorboard(directory: Path, stack: contextlib.ExitStack) -> LogRow:
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(directory), flush_secs=30)
+    stack.callback(writer.close)
+
+    def log(row: Row) -> None:
+        for name, value in _numbers(row).items():
+            writer.add_scalar(f"{_tag(row)}/{name}", value, row["step"])
+
+    return log
+
+
+def _wandb(name: str, config: Any, stack: contextlib.ExitStack) -> LogRow:
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("wandb=True needs Weights & Biases: pip install 'jxfer[wandb]'") from error
+    session = wandb.init(project="jxfer", name=name, config=config, reinit="finish_previous")
+    stack.callback(session.finish)
+
+    def log(row: Row) -> None:
+        session.log({f"{_tag(row)}/{key}": value for key, value in _numbers(row).items()} | {"step": row["step"]})
+
+    return log

@@ -1,0 +1,127 @@
+"""The loop: step, then hooks. The host never waits for the device between steps; metrics come back late and in bulk."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from jxfer.step import Fixed, TrainState, TrainStep
+from jxfer.typing import Batch, InterruptedRun, Metrics, NonFiniteError
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What a command lends to the runs below it."""
+
+    progress: Callable[[str, int, int], None]
+    """Called with what runs, how much is done and how much there is."""
+    should_stop: Callable[[], bool]
+    """True once SIGTERM or SIGINT has arrived."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """Calls `call(step, state)` after every `every` steps and after the last one. It must not keep the state."""
+
+    every: int
+    call: Callable[[int, TrainState], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The mean training metrics of the steps up to `step` since the last window."""
+
+    step: int
+    metrics: dict[str, float]
+    examples_per_sec: float
+
+
+def train(
+    train_step: TrainStep,
+    state: TrainState,
+    fixed: Fixed,
+    batches: Iterator[Batch],
+    *,
+    num_steps: int,
+    log_every: int,
+    on_window: Callable[[Window], None],
+    hooks: Sequence[Hook] = (),
+    on_stop: Callable[[int, TrainState], None] = lambda step, state: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Steps from `state.step` to `num_steps` and returns the final state; the one given is donated.
+
+    Args:
+      train_step: from `make_train_step`.
+      state: what moves, at any step.
+      fixed: what does not.
+      batches: already on the devices, the first one being that of the next step.
+      num_steps: optimizer updates of the phase, those before `state.step` included.
+      log_every: steps per window of metrics; a window is fetched when the next one is full.
+      on_window: receives each window.
+      hooks: called in order.
+      on_stop: called with step and state before the loop gives up.
+      should_stop: asked after every step.
+
+    Raises:
+      NonFiniteError: a metric became NaN or infinite; the message names the first step and the metric.
+      InterruptedRun: `should_stop` answered true and `on_stop` has returned.
+    """
+    windows = _Windows(on_window)
+    for step in range(int(state.step) + 1, num_steps + 1):
+        batch = next(batches)
+        with jax.transfer_guard("disallow"):
+            state, metrics = train_step(state, fixed, batch)
+        windows.add(step, metrics, full=step % log_every == 0)
+        for hook in hooks:
+            if step % hook.every == 0 or step == num_steps:
+                hook.call(step, state)
+        if should_stop() and step < num_steps:
+            windows.flush()
+            on_stop(step, state)
+            raise InterruptedRun(f"stopped after step {step} of {num_steps}")
+    windows.flush()
+    return state
+
+
+class _Windows:
+    """Collects device metrics and hands out means one window late, when fetching them no longer waits."""
+
+    def __init__(self, on_window: Callable[[Window], None]):
+        self._on_window = on_window
+        self._filling: list[tuple[int, Metrics]] = []
+        self._full: list[tuple[int, Metrics]] = []
+        self._since = time.perf_counter()
+
+    def add(self, step: int, metrics: Metrics, *, full: bool) -> None:
+        self._filling.append((step, metrics))
+        if full:
+            self._hand_out()
+            self._full, self._filling = self._filling, []
+
+    def flush(self) -> None:
+        self._hand_out()
+        self._full, self._filling = self._filling, []
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        if not self._full:
+            return
+        rows = jax.device_get(self._full)
+        self._full = []
+        for step, metrics in rows:
+            check_finite(step, metrics)
+        elapsed, self._since = time.perf_counter() - self._since, time.perf_counter()
+        count = sum(float(metrics["count"]) for _, metrics in rows)
+        sums = {name: math.fsum(float(metrics[name]) for _, metrics in rows) for name in rows[0][1]}
+        means = {name: value / count for name, value in sums.items() if name not in ("count", "grad_norm")}
+        self._on_window(Window(rows[-1][0], {**means, "grad_norm": sums["grad_norm"] / len(rows)}, count / elapsed))
+
+
+def check_finite(step: int, metrics: Metrics) -> None:
+    """Raises NonFiniteError if a fetched metric is NaN or infinite."""
+    for name in sorted(metrics, reverse=True):  # the loss before the gradient norm, which follows from it
+        if not math.isfinite(value := float(metrics[name])):
+            raise NonFiniteError(f"{name} is {value} at step {step}; try a lower learning rate or clip_norm")

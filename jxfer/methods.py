@@ -1,0 +1,91 @@
+"""Every method on one page: how to transfer, as data."""
+
+from jxfer.config import Group, Method, Phase
+from jxfer.penalties.l2sp import L2SP
+from jxfer.surgery.head import KeepRows, MLPHead, NewHead
+
+ALL = ("head", "backbone")
+
+scratch = Method(
+    name="scratch",
+    summary="train from random weights: the baseline to beat",
+    start="scratch",
+    phases=(Phase("train", train=ALL),),
+)
+
+zero_shot = Method(
+    name="zero_shot",
+    summary="the source model's own outputs for the target's classes, no training",
+    surgeries=(KeepRows(),),
+)
+
+linear_probe = Method(
+    name="linear_probe",
+    summary="a new linear head on the frozen source",
+    surgeries=(NewHead(),),
+    phases=(Phase("probe", train=("head",)),),
+)
+
+feature_retraining = Method(
+    name="feature_retraining",
+    summary="features computed once by the frozen source, a new MLP trained on them",
+    surgeries=(MLPHead(),),
+    phases=(Phase("train", train=("head",)),),
+)
+
+fine_tuning = Method(
+    name="fine_tuning",
+    summary="everything trains from the source, under a new head",
+    surgeries=(NewHead(),),
+    phases=(Phase("tune", train=ALL),),
+)
+
+fine_tuning_kept_head = Method(
+    name="fine_tuning_kept_head",
+    summary="everything trains from the source, the head from its rows for the target's classes",
+    surgeries=(KeepRows(),),
+    phases=(Phase("tune", train=ALL),),
+)
+
+partial = Method(
+    name="partial",
+    summary="the last stage and a new head train, the rest is frozen",
+    rules=(("head/**", "head"), ("{last}/**", "last"), ("**", "frozen")),
+    surgeries=(NewHead(),),
+    phases=(Phase("tune", train=("head", "last")),),
+)
+
+# Kumar et al. 2022, arXiv:2202.10054: first the probe, then everything gently from there.
+lp_ft = Method(
+    name="lp_ft",
+    summary="linear probe, then fine-tuning from it at a tenth of the learning rate",
+    surgeries=(NewHead(),),
+    phases=(
+        Phase("probe", train=("head",), share=0.5),
+        Phase("tune", train=ALL, share=0.5, groups=(("head", Group(0.1)), ("backbone", Group(0.1)))),
+    ),
+)
+
+# Li et al. 2018, arXiv:1802.01483.
+l2_sp = Method(
+    name="l2_sp",
+    summary="fine-tuning with a pull of the backbone towards the source's weights",
+    surgeries=(NewHead(),),
+    penalties=(L2SP(),),
+    phases=(Phase("tune", train=ALL),),
+)
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        scratch,
+        zero_shot,
+        linear_probe,
+        feature_retraining,
+        fine_tuning,
+        fine_tuning_kept_head,
+        partial,
+        lp_ft,
+        l2_sp,
+    )
+}

@@ -1,0 +1,251 @@
+"""One phase of one variant: place the state, resume, loop, keep the best on validation, audit."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jxfer import data
+from jxfer.checkpoint import Checkpoints
+from jxfer.config import Experiment, Method
+from jxfer.data import Split
+from jxfer.evaluate import evaluate
+from jxfer.features import extract, make_feature_step
+from jxfer.logs import LogRow
+from jxfer.loop import Hook, Session, Window, check_finite, train
+from jxfer.partition import Audit, fingerprint
+from jxfer.plan import Cost, PlannedPhase, cost_of, flops_of, phase_steps, prepare_images, start_phase
+from jxfer.sharding import num_batch_shards, pad_batch, put_batch
+from jxfer.step import EvalStep, Fixed, TrainState, place_state
+from jxfer.typing import Arrays, AuditError, Batch
+
+EVAL_BATCH_SIZE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What training may look at."""
+
+    train: Split
+    validation: Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every phase of a variant shares."""
+
+    experiment: Experiment
+    """With the variant's settings in `train`."""
+    method: Method
+    variant: str
+    seed: int
+    num_classes: int
+    directory: Path
+    """Where this variant keeps its checkpoints."""
+    mesh: jax.sharding.Mesh
+    session: Session
+    log: LogRow
+    title: str
+    """Names the run in progress bars."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseResult:
+    """A phase after training: what moved, at its best on validation, and what it took."""
+
+    name: str
+    arrays: Arrays
+    """Path -> value of the parameters and statistics that moved."""
+    trainable: tuple[str, ...]
+    validation_metrics: dict[str, float]
+    best_step: int
+    num_steps: int
+    audit: Audit
+    cost: Cost
+    checkpoint_bytes: int
+    train_flops: float
+    """Of all steps, and of computing the stored features."""
+
+
+def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits: Splits, *, index: int) -> PhaseResult:
+    """Trains one phase from `model`, or from its newest checkpoint.
+
+    Raises:
+      NonFiniteError: from the loop or from validation.
+      AuditError: something frozen changed or something trainable never moved.
+      InterruptedRun: after saving, once the session should stop.
+    """
+    experiment, method, mesh = context.experiment, context.method, context.mesh
+    key = jax.random.fold_in(jax.random.key(context.seed), index)
+    state, fixed = start_phase(experiment, method, planned, model, key=key)
+    state, fixed = place_state(state, fixed, mesh, experiment.mesh)
+    before = fingerprint(_all_arrays(state, fixed))
+    splits, feature_flops = _store_features(context, planned, state, fixed, splits)
+    train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
+    cost = cost_of(train_step, state, fixed, next(_device_batches(context, splits.train, index, start=0)))
+    checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    with _Keeper(context, planned, fixed, eval_step, splits.validation, context.directory / str(index)) as keeper:
+        state = keeper.resume(state)
+        state = train(
+            train_step,
+            state,
+            fixed,
+            _device_batches(context, splits.train, index, start=int(state.step)),
+            num_steps=planned.num_steps,
+            log_every=experiment.train.log_every,
+            on_window=functools.partial(_log_window, context, planned),
+            hooks=keeper.hooks(),
+            on_stop=keeper.save,
+            should_stop=context.session.should_stop,
+        )
+    audit = planned.partition.audit(before, fingerprint(_all_arrays(state, fixed)), fixed.definition.train_graphdef)
+    if not audit.ok:
+        raise AuditError(f"audit of phase `{planned.phase.name}`: {audit}")
+    return PhaseResult(
+        planned.phase.name,
+        keeper.best_arrays,
+        tuple(leaf.path for leaf in planned.partition.trainable),
+        keeper.best_metrics,
+        keeper.best_step,
+        planned.num_steps,
+        audit,
+        cost,
+        checkpoint_bytes,
+        planned.num_steps * cost.step_flops + feature_flops,
+    )
+
+
+class _Keeper:
+    """Looks at the validation split, remembers the best state, and saves what resuming needs."""
+
+    def __init__(
+        self,
+        context: Context,
+        planned: PlannedPhase,
+        fixed: Fixed,
+        eval_step: EvalStep,
+        validation: Split,
+        directory: Path,
+    ):
+        self.best_step = 0
+        self.best_metrics: dict[str, float] = {}
+        self.best_arrays: Arrays = {}
+        self._context, self._planned, self._fixed = context, planned, fixed
+        self._eval_step, self._validation, self._directory = eval_step, validation, directory
+        self._saved_step = 0
+
+    def __enter__(self) -> "_Keeper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "_checkpoints" in self.__dict__:
+            self._checkpoints.close()
+
+    @functools.cached_property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self._directory, keep_last=self._context.experiment.train.keep_checkpoints)
+
+    def hooks(self) -> tuple[Hook, ...]:
+        train_config = self._context.experiment.train
+        hooks = [Hook(1, self._show), Hook(train_config.eval_every, self.evaluate)]
+        if train_config.checkpoint_every is not None:
+            hooks.append(Hook(train_config.checkpoint_every, self.save))
+        return tuple(hooks)
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        metrics, _ = evaluate(
+            self._eval_step,
+            state,
+            self._fixed,
+            self._validation,
+            batch_size=EVAL_BATCH_SIZE,
+            mesh=self._context.mesh,
+        )
+        check_finite(step, metrics)
+        self._context.log(_row(self._context, self._planned, step, "validation") | metrics)
+        if not self.best_metrics or rank(metrics) > rank(self.best_metrics):
+            self.best_step, self.best_metrics = step, metrics
+            # Copied, because the loop donates the state to the next step.
+            self.best_arrays = {path: jnp.copy(value) for path, value in self._worth_keeping(state).items()}
+            if self._context.experiment.train.checkpoint_every is not None:
+                self.save(step, state)
+
+    def save(self, step: int, state: TrainState) -> None:
+        if step == self._saved_step:
+            return
+        self._saved_step = step
+        # The newest best has the highest score, so that it stays on disk together with the newest checkpoints.
+        score = {"best": float(step) if step == self.best_step else -1.0}
+        extra = {"best_step": self.best_step, "best_metrics": self.best_metrics}
+        self._checkpoints.save(step, state, metrics=score, extra=extra)
+
+    def resume(self, state: TrainState) -> TrainState:
+        """Returns the newest saved state, with the best so far remembered, or the given one where nothing is saved."""
+        if not self._directory.exists() or (newest := self._checkpoints.latest()) is None:
+            return state
+        resumed, extra = self._checkpoints.restore(state, step=newest)
+        if extra["best_step"]:
+            best, _ = self._checkpoints.restore(state, step=extra["best_step"])
+            self.best_step, self.best_metrics = extra["best_step"], extra["best_metrics"]
+            self.best_arrays = self._worth_keeping(best)
+        self._saved_step = newest
+        return resumed
+
+    def _worth_keeping(self, state: TrainState) -> Arrays:
+        """Returns what later phases and the finished model take over; random keys start each phase anew."""
+        kept = {leaf.path for leaf in self._planned.partition.leaves if leaf.moves and leaf.kind != "random"}
+        moving = {**state.params, **state.ema, **state.variables}
+        return {path: value for path, value in moving.items() if path in kept}
+
+    def _show(self, step: int, state: TrainState) -> None:
+        del state
+        what = f"{self._context.title} · {self._planned.phase.name}"
+        self._context.session.progress(what, step, self._planned.num_steps)
+
+
+def rank(metrics: dict[str, float]) -> tuple[float, float]:
+    """Returns what model selection maximises: accuracy, and at equal accuracy the lower loss."""
+    return metrics["accuracy"], -metrics["loss"]
+
+
+def _all_arrays(state: TrainState, fixed: Fixed) -> Arrays:
+    return {**state.params, **state.variables, **fixed.params, **fixed.variables}
+
+
+def _store_features(
+    context: Context, planned: PlannedPhase, state: TrainState, fixed: Fixed, splits: Splits
+) -> tuple[Splits, float]:
+    """Returns the splits with stored features where the phase trains on them, and what computing these took."""
+    if not planned.stored or planned.boundary is None:
+        return splits, 0.0
+    prepare = prepare_images(context.experiment, context.num_classes, train=False)
+    feature_step = make_feature_step(prepare, stop=planned.boundary)
+    stored = [
+        extract(feature_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh)
+        for split in (splits.train, splits.validation)
+    ]
+    batch = put_batch(next(data.eval_batches(splits.train, batch_size=EVAL_BATCH_SIZE)), context.mesh)
+    flops = flops_of(feature_step.lower(state, fixed, batch).compile())
+    return Splits(*stored), flops * -(-len(splits.train) // EVAL_BATCH_SIZE)
+
+
+def _device_batches(context: Context, split: Split, index: int, *, start: int) -> Iterator[Batch]:
+    train_config = context.experiment.train
+    multiple = num_batch_shards(context.mesh) * train_config.num_microbatches
+    seed = int.from_bytes(hashlib.blake2b(f"{context.seed}/{index}".encode(), digest_size=4).digest())
+    for batch in data.batches(split, batch_size=train_config.batch_size, seed=seed, start=start):
+        yield put_batch(pad_batch(batch, multiple=multiple), context.mesh)
+
+
+def _row(context: Context, planned: PlannedPhase, step: int, split: str) -> dict:
+    return {"step": step, "phase": planned.phase.name, "variant": context.variant, "split": split}
+
+
+def _log_window(context: Context, planned: PlannedPhase, window: Window) -> None:
+    row = _row(context, planned, window.step, "train")
+    context.log(row | window.metrics | {"examples_per_sec": window.examples_per_sec})

@@ -1,0 +1,327 @@
+"""From a method and a model to checked phases, costed by compiling their steps before anything trains."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jxfer import models, optim, paths
+from jxfer.config import DataConfig, Experiment, Method, Phase, TrainConfig
+from jxfer.data import Dataset, Prepare, load_dataset
+from jxfer.features import frozen_boundary
+from jxfer.objectives import classification
+from jxfer.partition import FROZEN, Partition, arrays_of
+from jxfer.step import EvalStep, Fixed, FromStage, TrainState, TrainStep, from_image, init_state, make_eval_step
+from jxfer.step import make_train_step
+from jxfer.typing import Arrays, Batch, InputError
+from jxfer.weights.load import load_into
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a plan and a run need to know of the source and the target."""
+
+    source_classes: tuple[str, ...]
+    target_classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedPhase:
+    """A phase resolved against a model."""
+
+    phase: Phase
+    num_steps: int
+    partition: Partition
+    boundary: str | None
+    """The first stage that is not frozen; None where nothing before it could be stored."""
+    stored: bool
+    """Whether the phase trains on stored activations before `boundary`."""
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one optimizer step of a phase costs, from the compiled program."""
+
+    step_flops: float
+    temp_bytes: int
+    optimizer_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The phases of a method and their costs, in order."""
+
+    method: str
+    train: TrainConfig
+    phases: tuple[tuple[PlannedPhase, Cost], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `jxfer plan --json` prints; bytes and floating-point operations per optimizer step."""
+        return {"method": self.method, "phases": [self._phase_json(phase, cost) for phase, cost in self.phases]}
+
+    def _phase_json(self, planned: PlannedPhase, cost: Cost) -> dict[str, Any]:
+        return {
+            "name": planned.phase.name,
+            "steps": planned.num_steps,
+            "params_total": planned.partition.params_total,
+            "params_trainable": planned.partition.params_trainable,
+            **dataclasses.asdict(cost),
+            "frozen_boundary": planned.boundary,
+            "features": planned.why,
+            "leaves": [self._leaf_json(planned.partition, leaf) for leaf in planned.partition.leaves],
+        }
+
+    def _leaf_json(self, partition: Partition, leaf: Any) -> dict[str, Any]:
+        rate, decay = partition.scales(leaf)
+        return {
+            "path": leaf.path,
+            "shape": list(leaf.shape),
+            "dtype": leaf.dtype,
+            "count": leaf.count,
+            "kind": leaf.kind,
+            "label": leaf.label,
+            "learning_rate_scale": rate,
+            "weight_decay": decay * self.train.weight_decay,
+        }
+
+    def __str__(self) -> str:
+        if not self.phases:
+            return f"{self.method}: nothing trains"
+        parts = []
+        for planned, cost in self.phases:
+            parts += [
+                f"{self.method} · phase {planned.phase.name} · {planned.num_steps} steps",
+                str(planned.partition),
+                f"one step: {cost.step_flops:,.0f} FLOPs, {cost.temp_bytes:,} temporary bytes; "
+                f"optimizer state: {cost.optimizer_bytes:,} bytes",
+                f"features: {planned.why}",
+                "",
+            ]
+        return "\n".join(parts).rstrip()
+
+
+def target_model(
+    experiment: Experiment, method: Method, task: Task, *, source: Mapping[str, Any] | None, seed: int
+) -> nnx.Module:
+    """Returns the model a method starts from: the source's weights or fresh ones, then the method's surgeries.
+
+    Args:
+      experiment: names the model.
+      method: where to start and what to alter.
+      task: the classes of source and target, and the images' shape (H, W, C).
+      source: the source's arrays; None leaves the weights random, as a plan may.
+      seed: of every random initial weight.
+
+    Raises:
+      InputError: the weights do not fit the model, or the head does not fit the target's classes.
+    """
+    transfers = method.start == "source"
+    classes = task.source_classes if transfers else task.target_classes
+    rngs = nnx.Rngs(seed)
+    model = models.build(experiment.model, num_classes=len(classes), image_shape=task.image_shape, rngs=rngs)
+    if transfers and source is not None:
+        load_into(model, source, what=f"source weights for {experiment.model.name}")
+    for surgery in method.surgeries:
+        surgery(model, source_classes=classes, target_classes=task.target_classes, rngs=rngs)
+    if not method.surgeries and classes != task.target_classes:
+        raise InputError(
+            f"method `{method.name}` keeps the head of the source's {len(classes)} classes, which are not the target's "
+            f"{len(task.target_classes)}; add surgeries=(NewHead(),) or (KeepRows(),)"
+        )
+    return model
+
+
+def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tuple[PlannedPhase, ...]:
+    """Resolves a method's phases against a model, real or abstract.
+
+    Raises:
+      InputError: the rules do not fit the model, or a phase trains a label that no parameter has.
+    """
+    stages = tuple(getattr(model, "stages", ()))
+    rules = [(pattern.replace("{last}", _last_stage(model, stages)), label) for pattern, label in method.rules]
+    ends = [
+        round(sum(phase.share for phase in method.phases[: i + 1]) * experiment.train.num_steps)
+        for i in range(len(method.phases))
+    ]
+    planned = []
+    for phase, start, end in zip(method.phases, [0, *ends], ends, strict=False):
+        partition = _phase_partition(method, phase, model, rules)
+        boundary = frozen_boundary(partition, stages)
+        stored, why = _feature_choice(experiment, boundary)
+        planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why))
+    return tuple(planned)
+
+
+def phase_steps(
+    experiment: Experiment, method: Method, planned: PlannedPhase, num_classes: int
+) -> tuple[TrainStep, EvalStep]:
+    """Returns the training and evaluation steps of a phase; equal phases get the very same ones."""
+    train = experiment.train
+    objective = classification(train.label_smoothing)
+    apply = FromStage(planned.boundary) if planned.stored and planned.boundary else from_image
+    train_prepare, eval_prepare = (
+        (None, None) if planned.stored else (prepare_images(experiment, num_classes, train=t) for t in (True, False))
+    )
+    train_step = make_train_step(
+        objective,
+        apply=apply,
+        prepare=train_prepare,
+        penalties=method.penalties,
+        num_microbatches=train.num_microbatches,
+        ema_decay=train.ema_decay,
+    )
+    return train_step, make_eval_step(objective, apply=apply, prepare=eval_prepare)
+
+
+def prepare_images(experiment: Experiment, num_classes: int, *, train: bool) -> Prepare:
+    """Returns the target's normalisation, with its augmentation if `train`."""
+    return Prepare(config=experiment.target, num_classes=num_classes, train=train)
+
+
+def start_phase(
+    experiment: Experiment, method: Method, planned: PlannedPhase, model: nnx.Module, *, key: jax.Array
+) -> tuple[TrainState, Fixed]:
+    """Returns state and fixed part at the start of a phase, the reference being what penalties pull towards."""
+    train = experiment.train
+    tx = optim.optimizer(train, planned.partition, num_steps=planned.num_steps)
+    # A new head has no pretrained value to be pulled towards (Li et al. 2018, section 3).
+    pretrained = tuple(leaf.path for leaf in planned.partition.trainable if not leaf.path.startswith("head/"))
+    state, fixed = init_state(
+        model,
+        planned.partition,
+        tx,
+        key=key,
+        ema=train.ema_decay is not None,
+        reference=pretrained if method.penalties else (),
+    )
+    opt_state = optim.set_hyperparams(
+        state.opt_state, learning_rate=train.learning_rate, weight_decay=train.weight_decay
+    )
+    return dataclasses.replace(state, opt_state=opt_state), fixed
+
+
+def cost_of(train_step: TrainStep, state: TrainState, fixed: Fixed, batch: Batch) -> Cost:
+    """Costs one step ahead of time, on arrays or on their shapes; jit reuses the program when it is then called."""
+    compiled = train_step.lower(state, fixed, batch).compile()
+    memory = compiled.memory_analysis()
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)]
+    return Cost(flops_of(compiled), int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
+
+
+def flops_of(compiled: jax.stages.Compiled) -> float:
+    """Returns XLA's own count of floating-point operations of a compiled program."""
+    analysis = compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return float((analysis or {}).get("flops", 0.0))
+
+
+@functools.lru_cache(maxsize=8)
+def load_data(data_config: DataConfig) -> Dataset:
+    """Loads a data set once per process."""
+    return load_dataset(data_config)
+
+
+def task_of(experiment: Experiment) -> Task:
+    """Returns the classes and image shape of an experiment's source and target, without any weights.
+
+    Raises:
+      InputError: a data set or the run that the weights come from cannot be read.
+    """
+    target = load_data(experiment.target)
+    if experiment.source.weights is None:
+        source_classes = load_data(experiment.source.data).class_names
+    else:
+        record = source_directory(experiment.source.weights) / "config.json"
+        if not record.exists():
+            raise InputError(f"source.weights `{experiment.source.weights}`: no run there, '{record}' does not exist")
+        source_classes = tuple(json.loads(record.read_text())["task"]["target_classes"])
+    return Task(source_classes, target.class_names, target.image_shape)
+
+
+def source_directory(weights: str) -> Path:
+    """Returns the folder that `run:DIR` names.
+
+    Raises:
+      InputError: another kind of weights.
+    """
+    if not weights.startswith("run:"):
+        raise InputError(f"source.weights `{weights}` is of no known kind; use run:DIR, the folder of a finished run")
+    return Path(weights.removeprefix("run:"))
+
+
+def plan_experiment(experiment: Experiment, method: Method) -> Plan:
+    """Plans and costs one method of an experiment; never trains."""
+    return plan_method(experiment, method, task_of(experiment))
+
+
+def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:
+    """Plans and costs a method on shapes alone: no weight is made, nothing trains."""
+    model = nnx.eval_shape(lambda: target_model(experiment, method, task, source=None, seed=0))
+    phases = []
+    for planned in plan_phases(experiment, method, model):
+        state, fixed = _abstract_state(experiment, method, planned, model)
+        batch = _abstract_batch(experiment, planned, model, task)
+        train_step, _ = phase_steps(experiment, method, planned, len(task.target_classes))
+        phases.append((planned, cost_of(train_step, state, fixed, batch)))
+    return Plan(method.name, experiment.train, tuple(phases))
+
+
+def _phase_partition(method: Method, phase: Phase, model: nnx.Module, rules: Sequence[tuple[str, str]]) -> Partition:
+    labels = {label for _, label in rules}
+    for label in (*phase.train, *(name for name, _ in phase.groups)):
+        if label not in labels:
+            raise paths.unknown(f"label in phase `{phase.name}` of method `{method.name}`:", label, sorted(labels))
+    phase_rules = [(pattern, label if label in phase.train else FROZEN) for pattern, label in rules]
+    groups = {label: group for label, group in phase.groups if label in phase.train}
+    return Partition.of(model, phase_rules, groups=groups)
+
+
+def _last_stage(model: nnx.Module, stages: Sequence[str]) -> str:
+    parameters = {path.split("/")[0] for path in arrays_of(model)}
+    before_head = [stage for stage in stages if stage in parameters and stage != "head"]
+    return before_head[-1] if before_head else "{last}"
+
+
+def _feature_choice(experiment: Experiment, boundary: str | None) -> tuple[bool, str]:
+    if boundary is None:
+        return False, "online: the first stage trains, so there is no frozen prefix to store"
+    if experiment.features == "off":
+        return False, "online: features=off"
+    if experiment.target.augment.active:
+        return False, "online: every step sees a newly augmented image"
+    return True, f"stored: the frozen stages before `{boundary}` run once per example"
+
+
+def _abstract_state(
+    experiment: Experiment, method: Method, planned: PlannedPhase, model: nnx.Module
+) -> tuple[TrainState, Fixed]:
+    graphdef = nnx.graphdef(model)
+
+    def build(arrays: Arrays) -> tuple[TrainState, Fixed]:
+        real = planned.partition.assemble(graphdef, arrays)
+        return start_phase(experiment, method, planned, real, key=jax.random.key(0))
+
+    return jax.eval_shape(build, arrays_of(model))
+
+
+def _abstract_batch(experiment: Experiment, planned: PlannedPhase, model: nnx.Module, task: Task) -> Batch:
+    size = experiment.train.batch_size
+    image = jax.ShapeDtypeStruct((size, *task.image_shape), jnp.uint8)
+    labels = {
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((size,), jnp.float32),
+    }
+    if not planned.stored:
+        return {"image": image, **labels}
+    pixels = jax.ShapeDtypeStruct(image.shape, jnp.float32)
+    run = nnx.eval_shape(lambda module, x: models.run_stages(module, x, stop=planned.boundary), model, pixels)
+    return {"features": jax.ShapeDtypeStruct(run.shape, run.dtype), **labels}

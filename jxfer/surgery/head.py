@@ -1,0 +1,98 @@
+"""Heads for other classes: a new linear one, a new MLP, or the rows of the old one that the target needs.
+
+A model's head is its attribute `head`, an `nnx.Linear`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jxfer import paths
+from jxfer.typing import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class NewHead:
+    """Puts a linear head for the target's classes, zero at the start, in place of the old one.
+
+    Zero because a random head's first gradients distort good features (Kumar et al. 2022, arXiv:2202.10054).
+    """
+
+    def __call__(
+        self, model: nnx.Module, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+    ) -> None:
+        """Alters the model in place."""
+        del source_classes
+        old = linear_head(model)
+        model.head = _zero_linear(old.in_features, len(target_classes), old, rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPHead:
+    """Puts a hidden layer with ReLU and a linear output, zero at the start, in place of the old head."""
+
+    hidden_dim: int = 128
+
+    def __call__(
+        self, model: nnx.Module, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+    ) -> None:
+        """Alters the model in place."""
+        del source_classes
+        old = linear_head(model)
+        model.head = MLP(old.in_features, self.hidden_dim, len(target_classes), like=old, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepRows:
+    """Keeps, of the source's head, the outputs for the target's classes, found by name."""
+
+    def __call__(
+        self, model: nnx.Module, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+    ) -> None:
+        """Alters the model in place.
+
+        Raises:
+          InputError: the source has no class of a target class's name.
+        """
+        for name in target_classes:
+            if name not in source_classes:
+                near = paths.nearest(name, source_classes)
+                raise InputError(f"the source's head has no class `{name}` to keep; nearest: {near}; use a new head")
+        rows = jnp.asarray([list(source_classes).index(name) for name in target_classes])
+        old = linear_head(model)
+        head = _zero_linear(old.in_features, len(target_classes), old, rngs)
+        head.kernel.set_value(jnp.take(old.kernel.get_value(), rows, axis=1))
+        head.bias.set_value(jnp.take(old.bias.get_value(), rows))
+        model.head = head
+
+
+class MLP(nnx.Module):
+    """Linear, ReLU, linear."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, like: nnx.Linear, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(in_dim, hidden_dim, dtype=like.dtype, rngs=rngs)
+        self.out = _zero_linear(hidden_dim, out_dim, like, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps features [B D] to logits [B K]."""
+        return self.out(nnx.relu(self.hidden(x)))
+
+
+def linear_head(model: nnx.Module) -> nnx.Linear:
+    """Returns the model's head.
+
+    Raises:
+      InputError: the model has no linear layer named `head`.
+    """
+    head = getattr(model, "head", None)
+    if not isinstance(head, nnx.Linear):
+        kind = "no `head`" if head is None else f"a {type(head).__name__} as `head`"
+        raise InputError(f"{type(model).__name__} has {kind}; a head surgery needs an nnx.Linear of that name")
+    return head
+
+
+def _zero_linear(in_dim: int, out_dim: int, like: nnx.Linear, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(in_dim, out_dim, dtype=like.dtype, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
