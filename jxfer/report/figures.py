@@ -37,7 +37,7 @@ def cost_figure(results: Results, looks: Mapping[str, Look]) -> Figure | None:
         name="cost",
         alt="Test accuracy against " + " and ".join(label for _, label in costs),
         caption="Test accuracy (95% t-interval over seeds) against what a method trains and what training it costs, "
-        "on logarithmic axes. Up and to the left is better.",
+        "on logarithmic axes. Up and to the left is better. Methods of equal cost stand side by side.",
         data=_cost_data(results, costs),
     )
 
@@ -164,8 +164,9 @@ def _draw_cost(axes: Any, points: Mapping[str, tuple[float, Summary]], looks: Ma
     low = math.floor(math.log10(min(positive, default=1.0)))
     high = max(math.ceil(math.log10(max(positive, default=1.0))), low + 1)
     free = any(cost <= 0 for cost, _ in points.values())
-    for name, (cost, summary) in points.items():
-        _errorbar(axes, [(cost if cost > 0 else 10.0 ** (low - 1), summary)], looks[name])
+    shifts = _apart([cost for cost, _ in points.values()], step=0.02 * (high - low + 1))
+    for (name, (cost, summary)), shift in zip(points.items(), shifts, strict=True):
+        _errorbar(axes, [((cost if cost > 0 else 10.0 ** (low - 1)) * 10.0**shift, summary)], looks[name])
     decades = list(range(low, high + 1, 1 + (high - low) // 5))
     ticks = {10.0**decade: number(10.0**decade).text for decade in decades}
     axes.set_xscale("log")
@@ -174,6 +175,12 @@ def _draw_cost(axes: Any, points: Mapping[str, tuple[float, Summary]], looks: Ma
     axes.set_xlim(10.0 ** (low - (1.3 if free else 0.2)), 10.0 ** (high + 0.2))
     if free:
         axes.axvline(10.0 ** (low - 0.5), color=LINE, linestyle=":", linewidth=1)
+
+
+def _apart(costs: Sequence[float | int], *, step: float) -> list[float]:
+    """For each cost a shift in decades that sets equal costs side by side, centred where they belong."""
+    ranks = [costs[:index].count(cost) for index, cost in enumerate(costs)]
+    return [step * (rank - (costs.count(cost) - 1) / 2) for rank, cost in zip(ranks, costs, strict=True)]
 
 
 def _extremes(results: Results) -> tuple[Shots, ...]:

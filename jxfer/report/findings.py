@@ -66,9 +66,9 @@ def headline(results: Results, baselines: tuple[str, ...]) -> str:
 def best_table(results: Results, baselines: tuple[str, ...]) -> Table:
     """For each number of shots: the best method, the runner-up, and whether they differ."""
     rows = [_best_row(ranking(results, shots), shots, baselines) for shots in results.shots if ranking(results, shots)]
-    header = ("Examples per class", "Best", "Accuracy %", "n", "Runner-up", "Accuracy %", "Best against runner-up")
+    header = ("Per class", "Best", "Accuracy %", "n", "Runner-up", "Accuracy %", "Against runner-up")
     return Table(
-        (*header, "Best against scratch") if baselines else header,
+        (*header, "Against scratch") if baselines else header,
         tuple(row if baselines else row[:-1] for row in rows),
         note="“Clearly” means that the two 95% intervals do not overlap. The best of several is chosen on the "
         "same test examples that measure it, so its mean flatters it a little.",

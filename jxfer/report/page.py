@@ -112,10 +112,15 @@ def _figure(figure: Figure) -> str:
 
 def _card(card: Card) -> str:
     lines = "".join(
-        f'<li class="{"good" if right else "bad"}">{"✓" if right else "✗"} {escape(method)}'
-        f"{'' if right else f': {escape(name)}'}</li>"
+        f'<li class="{"good" if right else "bad"}">{"✓" if right else "✗"} {_breakable(method)}'
+        f"{'' if right else f': {_breakable(name)}'}</li>"
         for method, name, right in card.predictions
     )
     tiny = _class("tiny" * card.tiny)
     image = f'<img{tiny} alt="{escape(card.label)}" src="data:image/png;base64,{base64.b64encode(card.png).decode()}">'
     return f'<div class="card">{image}true: <b>{escape(card.label)}</b><ul>{lines}</ul></div>\n'
+
+
+def _breakable(text: str) -> str:
+    """Escaped text that may break after underscores."""
+    return escape(text).replace("_", "_<wbr>")

@@ -49,8 +49,8 @@ def other_confusions_figure(material: Material, others: Sequence[Confusion]) -> 
 def gallery(material: Material, shown: Sequence[Shown], origin: str) -> Gallery:
     """The chosen examples with every method's prediction."""
     caption = (
-        f"Test examples and what each method took them for ({origin}). Chosen to include errors: most methods are "
-        "right far more often than these pictures suggest."
+        f"Test examples and what each method took them for ({origin}). Chosen to include errors, so how many are "
+        "right here says nothing about accuracy."
     )
     with drawing("examples"):
         sheet = png_bytes(_draw_examples(material, shown))
@@ -62,7 +62,7 @@ def _draw_one(material: Material, matrix: Confusion, width: float) -> Any:
     from matplotlib.figure import Figure as Canvas
 
     K = len(matrix.counts)
-    side = min(width, 5.6)
+    side = min(width, 5.0)
     figure = Canvas(figsize=(side, 0.95 * side), layout="constrained")
     axes = figure.add_subplot()
     _heat(axes, matrix.rates)

@@ -102,9 +102,9 @@ def _join(examples: Examples, by_method: Mapping[str, Predictions]) -> list[Show
 
 
 def _choose(shown: list[Shown]) -> list[Shown]:
-    order = range(len(shown))
-    hardest = sorted((i for i in order if shown[i].num_wrong), key=lambda i: -shown[i].num_wrong)
-    disputed = sorted((i for i in order if shown[i].num_wrong), key=lambda i: len(set(shown[i].predicted.values())))
+    wrong = [index for index, example in enumerate(shown) if example.num_wrong]
+    hardest = sorted(wrong, key=lambda index: -shown[index].num_wrong)
+    disputed = sorted(wrong, key=lambda index: -len(set(shown[index].predicted.values())))
     third = MAX_EXAMPLES // 3
-    picked = dict.fromkeys([*hardest[:third], *disputed[::-1][:third], *order])
-    return [shown[i] for i in list(picked)[:MAX_EXAMPLES]]
+    picked = dict.fromkeys([*hardest[:third], *disputed[:third], *range(len(shown))])
+    return [shown[index] for index in list(picked)[:MAX_EXAMPLES]]

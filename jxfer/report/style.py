@@ -17,6 +17,7 @@ INK = "#1b1f24"
 MUTED = "#5d6570"
 LINE = "#dcdfe4"
 HEAT = "#2563b8"
+_PIXELS_PER_POINT = 1.75  # at most: a larger drawing would have letters larger than the text around it
 _GREY = "#70767e"
 # After Okabe and Ito's palette for all kinds of colour vision, without its yellow, which white swallows.
 _LIGHT = ("#0072b2", "#d55e00", "#00855f", "#b5508a", "#b07a00", "#3a9bd9", "#6a4fb3", _GREY)
@@ -116,10 +117,11 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     head, body = svg.split(">", 1)
-    viewbox = re.search(r'viewBox="[^"]*"', head)
+    _, _, width, height = re.findall(r"[\d.]+", head[head.index("viewBox=") :])[:4]
     body = body.replace("xlink:href", "href")
     body = re.sub(r'style="[^"]*"', _follow_page, body)
-    return f'<svg {viewbox.group(0) if viewbox else ""} aria-hidden="true">{body}'
+    size = f"max-width:{_PIXELS_PER_POINT * float(width):.0f}px"
+    return f'<svg viewBox="0 0 {width} {height}" style="{size}" aria-hidden="true">{body}'
 
 
 def _follow_page(style: re.Match[str]) -> str:

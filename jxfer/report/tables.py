@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jxfer.report.document import Cell, Table, number, percent, percent_text, seconds, size
-from jxfer.report.findings import compare, ranking, shots_name
+from jxfer.report.findings import Entry, compare, ranking, shots_name
 from jxfer.report.results import Results, Row, Shots, accuracy_of, collect, mean_of
 
 _COSTS = (
@@ -37,14 +37,15 @@ def summary_table(results: Sequence[Row]) -> Any:
 
 def accuracy_table(results: Results) -> Table:
     """Methods by shots: mean test accuracy in percent ± the half-width of its 95% interval."""
-    sizes = {summary.n for summary in results.accuracy.values()}
+    sizes = [summary.n for summary in results.accuracy.values()]
+    usual = max(set(sizes), key=sizes.count, default=0)
     leaders = {shots: ranking(results, shots)[:1] for shots in results.shots}
     rows = []
     for method in results.methods:
-        cells = [_accuracy_cell(results, leaders[s], (method, s), show_n=len(sizes) > 1) for s in results.shots]
+        cells = [_accuracy_cell(results, leaders[s], (method, s), usual) for s in results.shots]
         rows.append((Cell(method), *cells))
-    seeds = f"n = {min(sizes)} seeds each" if len(sizes) == 1 else "n in brackets"
-    interval = "one seed, so no interval" if sizes == {1} else f"mean ± half of the 95% t-interval over seeds, {seeds}"
+    seeds = f"n = {usual} seeds{'' if len(set(sizes)) == 1 else ' unless given'}"
+    interval = "one seed, so no interval" if set(sizes) == {1} else f"mean ± half of the 95% t-interval, {seeds}"
     note = f"Test accuracy in %: {interval}. * best; ≈ no clear difference from the best (intervals overlap)."
     header = ("Method", *(f"{shots_name(s)} per class" if s else shots_name(s) for s in results.shots))
     return Table(header, tuple(rows), note=note if sizes else "No run finished.")
@@ -122,16 +123,17 @@ def pairs_table(values: dict[str, Any], header: tuple[str, str]) -> Table:
     return Table(header, tuple((Cell(str(name)), Cell(str(value))) for name, value in values.items()))
 
 
-def _accuracy_cell(results: Results, leader: Sequence[Any], key: tuple[str, Shots], *, show_n: bool) -> Cell:
+def _accuracy_cell(results: Results, leader: Sequence[Entry], key: tuple[str, Shots], usual: int) -> Cell:
     summary = results.accuracy.get(key)
     if summary is None:
         return percent(None)
     best = leader[0]
-    mark = "*" if best.method == key[0] else " "
-    if mark == " " and compare(best.summary, summary) == "unclear":
-        mark = "≈"
-    count = f" ({summary.n})" if show_n else ""
-    return Cell(f"{percent_text(summary)}{count} {mark}".rstrip(), summary.mean, "best" if mark == "*" else "")
+    count = "" if summary.n == usual else f" (n = {summary.n})"
+    text = f"{percent_text(summary)}{count}"
+    if best.method == key[0]:
+        return Cell(f"* {text}", summary.mean, "best")
+    tied = compare(best.summary, summary) == "unclear"
+    return Cell(f"≈ {text}" if tied else text, summary.mean)
 
 
 def _audit_cells(audits: Sequence[dict[str, Any]]) -> tuple[Cell, ...]:

@@ -10,7 +10,7 @@ _CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 56rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 p { margin: .75rem 0; overflow-wrap: anywhere; }
@@ -29,8 +29,8 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, san
 figcaption, .note { font-size: .875rem; line-height: 1.45; margin-top: .5rem; }
 .scroll { overflow-x: auto; margin: .75rem 0 .25rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .75rem; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--muted); white-space: nowrap; }
+th, td { padding: .32rem .6rem; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--muted); vertical-align: bottom; line-height: 1.25; }
 td { white-space: nowrap; }
 td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 .num { text-align: right; }
@@ -52,6 +52,7 @@ pre { background: var(--raised); padding: .75rem 1rem; border-radius: 6px; overf
 .card img { display: block; width: 6rem; height: 6rem; object-fit: contain; margin-bottom: .5rem; }
 .card img.tiny { image-rendering: pixelated; }
 .card ul { list-style: none; margin: .4rem 0 0; padding: 0; overflow-wrap: anywhere; }
+.card li { padding-left: 1.2em; text-indent: -1.2em; }
 @media (max-width: 40rem) {
   main { padding: 1.25rem 1rem 3rem; }
   .wide { display: none; } .narrow { display: block; }

@@ -1,0 +1,79 @@
+"""The page in a real browser: it renders, its script runs, and nothing is asked of another host."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_report import METHODS, write_fake
+
+from jxfer import report
+
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--virtual-time-budget=2000",
+    "--dump-dom",
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_fake(tmp_path_factory.mktemp("page"), shots=(1, 20, None), seeds=2, fail={("partial", 1, 0)})
+    report.build(directory)
+    return directory / "report.html"
+
+
+def _render(page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The DOM after scripts ran, and what the console said."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here; install the package `chromium` to render the page")
+    command = [browser, *_FLAGS, f"--user-data-dir={profile}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_the_page_renders_without_complaint(page: Path, tmp_path: Path):
+    dom, console = _render(page, tmp_path)
+    assert console == []
+    assert all(re.search(rf"<td[^>]*>{method}</td>", dom) for method in METHODS)
+    assert 'aria-sort="none"' in dom  # the page's own script passed its policy and ran
+    assert dom.count("<svg") == 8
+    assert "&lt;b&gt;" in dom
+    assert "<b>&lt;b&gt;" in dom or "<b>a|b</b>" in dom
+
+
+def test_a_click_on_a_heading_sorts_by_number(page: Path, tmp_path: Path):
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    click = "document.querySelector('.scroll:not(details *) th:nth-child(2)').click()"
+    copy = tmp_path / "clicked.html"
+    copy.write_text(html.replace("</body>", f"<script>{click}</script></body>"))
+    dom, console = _render(copy, tmp_path / "profile")
+    assert console == []
+    table = next(t for t in re.findall(r"<table>.*?</table>", dom, re.DOTALL) if 'aria-sort="ascending"' in t)
+    values = [float(v) for v in re.findall(r'<tr><td>[^<]*</td><td[^>]*data-value="([^"]*)"', table)]
+    assert len(values) == len(METHODS)
+    assert values == sorted(values)
+
+
+def test_a_script_that_came_in_with_the_data_would_not_run(page: Path, tmp_path: Path):
+    copy = tmp_path / "attacked.html"
+    copy.write_text(page.read_text().replace("</main>", "<script>document.title = 'taken'</script></main>"))
+    dom, console = _render(copy, tmp_path / "profile")
+    assert "<title>taken" not in dom
+    assert any("Content Security Policy" in line for line in console)
+
+
+def test_without_scripts_every_row_is_there(page: Path):
+    html = re.sub(r"<script>.*?</script>", "", page.read_text(), flags=re.DOTALL)
+    assert all(f"<td>{method}</td>" in html for method in METHODS)
+    assert "<noscript" not in html
