@@ -59,7 +59,8 @@ def state_shardings(state: PyTree, specs: Mapping[Path, NamedSharding], mesh: Me
     """
 
     def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = (key.key for key in keys if isinstance(key, jax.tree_util.DictKey))
+        # The last name counts: optax.partition keeps a dict by label further up, and a label may equal a path.
+        names = [key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)]
         spec = next((specs[name] for name in names if name in specs), None)
         return spec if spec is not None and _fits(spec, np.shape(leaf)) else NamedSharding(mesh, PartitionSpec())
 
