@@ -31,7 +31,7 @@ class Prepare:
         """Returns the batch with `image` as float32, changed at random by `key` in training."""
         if "features" in batch:
             return batch
-        prepared = {**batch, "image": batch["image"].astype(jnp.float32) / 255}
+        prepared: Batch = {**batch, "image": batch["image"].astype(jnp.float32) / 255}
         if self.train and self.config.augment.active:
             prepared = augment(key, prepared, self.config.augment, num_classes=self.num_classes)
         return {**prepared, "image": normalise(prepared["image"], self.config)}
@@ -115,10 +115,10 @@ def _mix(key: jax.Array, batch: Batch, config: AugmentConfig, *, num_classes: in
 def _weights(key: jax.Array, size: tuple[int, int], config: AugmentConfig) -> Float[Array, "H W"]:
     """Draws how much of its own image one example keeps at each pixel."""
     choice_key, mixup_key, cutmix_key = jax.random.split(key, 3)
-    mixup = jnp.broadcast_to(jax.random.beta(mixup_key, config.mixup, config.mixup), size) if config.mixup else None
-    cutmix = _outside_box(cutmix_key, size, config.cutmix) if config.cutmix else None
-    if mixup is None or cutmix is None:
-        return cutmix if mixup is None else mixup
+    mixup = jnp.broadcast_to(jax.random.beta(mixup_key, config.mixup or 1.0, config.mixup or 1.0), size)
+    cutmix = _outside_box(cutmix_key, size, config.cutmix or 1.0)
+    if not (config.mixup and config.cutmix):
+        return mixup if config.mixup else cutmix
     return jnp.where(jax.random.bernoulli(choice_key), mixup, cutmix)
 
 

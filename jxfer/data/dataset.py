@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -13,8 +13,12 @@ from jxfer.typing import HostBatch, InputError
 SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
 """What data sets call their splits -> what we call them."""
 
+AnySplit = TypeVar("AnySplit", bound="Split")
+
 MEMORY_BYTES = 2 * 1024**3
 """Data sets whose decoded images need at most this much are read into memory once."""
+
+DECODE_CHUNK = 256  # images per task of a thread; one by one, small images cost more to hand over than to decode
 
 
 @runtime_checkable
@@ -66,8 +70,14 @@ class LazySplit:
         return len(self.labels)
 
     def read(self, indices: np.ndarray) -> HostBatch:
-        """Decodes the images at `indices`."""
-        return {"image": np.stack([self.image_at(int(i)) for i in indices]), "label": self.labels[indices]}
+        """Decodes the images at `indices`; raises InputError naming the example that cannot be read."""
+        return {"image": np.stack([self._image(int(i)) for i in indices]), "label": self.labels[indices]}
+
+    def _image(self, index: int) -> np.ndarray:
+        try:
+            return self.image_at(index)
+        except OSError as error:
+            raise InputError(f"example '{self.ids[index]}' cannot be read: {error}; mend or remove it") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +118,7 @@ class Dataset:
     """Files that could not be read, as paths inside the data set."""
 
 
-def usual_splits(splits: Mapping[str, Split], *, name: str) -> dict[str, Split]:
+def usual_splits(splits: Mapping[str, AnySplit], *, name: str) -> dict[str, AnySplit]:
     """Keeps `train`, `validation` and `test` under these names; a held-out split that is alone is the test split.
 
     Raises:
@@ -127,14 +137,19 @@ def usual_splits(splits: Mapping[str, Split], *, name: str) -> dict[str, Split]:
 def decode_all(split: LazySplit) -> tuple[ArraySplit, list[int]]:
     """Reads a split into memory, in threads; returns it without the images that raise OSError, and their indices."""
 
-    def attempt(index: int) -> np.ndarray | None:
-        try:
-            return split.image_at(index)
-        except OSError:
-            return None
+    def attempt(indices: np.ndarray) -> list[np.ndarray | None]:
+        return [_image_or_none(split, int(index)) for index in indices]
 
+    chunks = np.array_split(np.arange(len(split)), max(1, len(split) // DECODE_CHUNK))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(pool.map(attempt, range(len(split))))
+        images = [image for chunk in pool.map(attempt, chunks) for image in chunk]
     good = np.array([image is not None for image in images], bool)
-    arrays = {"image": np.stack([image for image in images if image is not None])}
+    arrays = {"image": np.array([image for image in images if image is not None])}
     return ArraySplit(split.ids[good], split.labels[good], arrays), [int(i) for i in np.flatnonzero(~good)]
+
+
+def _image_or_none(split: LazySplit, index: int) -> np.ndarray | None:
+    try:
+        return split.image_at(index)
+    except OSError:
+        return None

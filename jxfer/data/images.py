@@ -25,7 +25,7 @@ class ImageShape:
     size: int | None
     channels: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise InputError(f"data.channels is {self.channels}; choose 1 (grey) or 3 (colour)")
         if self.size is not None and self.size < 1:
@@ -60,10 +60,10 @@ def decode(file: Path | IO[bytes], shape: ImageShape) -> UInt8[np.ndarray, "H W 
 
     with _open(file) as image:
         try:
-            upright = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         except (ValueError, SyntaxError) as error:
             raise OSError(str(error)) from error
-        converted = _to_8_bits(upright).convert("L" if shape.channels == 1 else "RGB")
+        converted = _to_8_bits(image).convert("L" if shape.channels == 1 else "RGB")
     if shape.size is not None and converted.size != (shape.size, shape.size):
         converted = _resize_and_crop(converted, shape.size)
     return np.asarray(converted).reshape(converted.height, converted.width, shape.channels)

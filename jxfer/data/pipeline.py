@@ -30,6 +30,8 @@ def batches(
     """
     import grain
 
+    if not len(split):
+        raise InputError("no examples to train on: the training split is empty")
     stream = _BatchSource(split, _check_rows(batch_size, process_index, process_count), batch_size, seed)
     # A batch in memory is copied faster than threads hand it over; decoding releases the interpreter lock.
     threads = 1 if _in_memory(split) else os.cpu_count() or 1

@@ -43,15 +43,22 @@ def prepare(name: str, *, config: str | None, version: str | None) -> Path:
     final = Path(builder_class(data_dir=root, config=config, file_format="array_record").data_dir)
     if version not in (None, final.name):
         raise InputError(f"data set '{name}' has no version {version}; this jxfer makes {final.name}")
-    if final.is_dir():
-        return final
-    print(f"preparing {name} into {final} ...", file=sys.stderr, flush=True)
-    root.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="preparing-", dir=root) as scratch:
-        _publish(_build(builder_class, Path(scratch), config), final)
-    print(f"prepared {name} in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    if not final.is_dir():
+        _prepare_into(final, builder_class, config, scratch_root=root)
     return final
+
+
+def _prepare_into(final: Path, builder_class: Any, config: str | None, *, scratch_root: Path) -> None:
+    try:
+        scratch_root.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="preparing-", dir=scratch_root)
+    except OSError as error:
+        raise InputError(f"cannot write to the cache: {error}; set JXFER_CACHE to a folder of yours") from error
+    print(f"preparing {final} ...", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    with scratch:
+        _publish(_build(builder_class, Path(scratch.name), config), final)
+    print(f"prepared in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def _build(builder_class: Any, directory: Path, config: str | None) -> Path:

@@ -16,6 +16,7 @@ from jxfer.data.images import ImageShape, decode
 from jxfer.typing import InputError
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
+VERSION = re.compile(r"\d+\.\d+\.\d+")
 CHUNK = 1024
 
 
@@ -35,7 +36,7 @@ def load_records(config: DataConfig) -> Dataset:
     shape = _image_shape(builder, image_key, config)
     opened = {name: _open_split(builder, name, image_key, label_key, shape) for name in builder.info.splits}
     splits = usual_splits({name: split for name, split in opened.items() if _labelled(split)}, name=config.name)
-    image_shape = splits["train"].read(np.array([0]))["image"].shape[1:]
+    image_shape = splits["train"].image_at(0).shape
     fits = sum(map(len, splits.values())) * math.prod(image_shape) <= MEMORY_BYTES
     return Dataset(
         name=builder.info.full_name.rsplit("/", 1)[0],
@@ -70,6 +71,7 @@ def _data_dirs() -> list[Path]:
 def _newest(folder: Path, version: str | None) -> Path | None:
     """Returns the highest (or the given) version in `folder`, looking into a sole config if there is one."""
     infos = [*folder.glob("*/dataset_info.json")] or [*folder.glob("*/*/dataset_info.json")]
+    infos = [info for info in infos if VERSION.fullmatch(info.parent.name)]
     if len({info.parents[1] for info in infos}) > 1:
         configs = ", ".join(sorted({info.parents[1].name for info in infos}))
         raise InputError(f"data set '{folder.name}' is prepared in several configs; add one to its name: {configs}")
@@ -105,12 +107,12 @@ def _keys(builder: Any) -> tuple[str, str]:
     features = builder.info.features
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    supervised = builder.info.supervised_keys or (images[0] if images else None, labels[0] if labels else None)
-    if supervised[0] not in images or supervised[1] not in labels:
+    wanted = builder.info.supervised_keys or (*images, *labels)
+    if len(wanted) != 2 or wanted[0] not in images or wanted[1] not in labels:
         raise InputError(
             f"data set '{builder.name}' is no image classification: its features are {', '.join(features)}"
         )
-    return supervised[0], supervised[1]
+    return wanted
 
 
 def _image_shape(builder: Any, image_key: str, config: DataConfig) -> ImageShape:
