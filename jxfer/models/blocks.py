@@ -37,11 +37,6 @@ def batch_norm(num_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Ba
     return nnx.BatchNorm(num_features, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
 
-def max_pool(x: Float[Array, "B H W C"], size: int, *, padding: int = 0) -> Float[Array, "B h w C"]:
-    """Returns the maximum over windows of `size` pixels, two pixels apart, padded alike on both sides."""
-    return nnx.max_pool(x, (size, size), strides=(2, 2), padding=((padding, padding), (padding, padding)))
-
-
 class ConvLayer(nnx.Module):
     """3×3 convolution, batch norm, ReLU."""
 

@@ -41,9 +41,9 @@ class CifarResNet(nnx.Module):
         count = config.num_blocks
         self.stages = ("stem", "layer1", "layer2", "layer3", "pool", "head")
         self.stem = blocks.ConvLayer(in_channels, first, dtype=dtype, rngs=rngs)
-        self.layer1 = _layer(first, first, count, stride=1, dtype=dtype, rngs=rngs)
-        self.layer2 = _layer(first, second, count, stride=2, dtype=dtype, rngs=rngs)
-        self.layer3 = _layer(second, third, count, stride=2, dtype=dtype, rngs=rngs)
+        self.layer1 = nnx.List(_layer(first, first, count, stride=1, dtype=dtype, rngs=rngs))
+        self.layer2 = nnx.List(_layer(first, second, count, stride=2, dtype=dtype, rngs=rngs))
+        self.layer3 = nnx.List(_layer(second, third, count, stride=2, dtype=dtype, rngs=rngs))
         self.pool = blocks.GlobalPool()
         self.head = blocks.linear_head(third, num_classes, rngs=rngs)
 
@@ -71,8 +71,8 @@ class PaddedShortcut(nnx.Module):
 
 def _layer(
     in_features: int, out_features: int, num_blocks: int, *, stride: int, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.List:
+) -> list[nnx.Module]:
     shortcut = PaddedShortcut(in_features, out_features) if stride > 1 else None
     first = blocks.BasicBlock(in_features, out_features, stride=stride, downsample=shortcut, dtype=dtype, rngs=rngs)
     rest = [blocks.BasicBlock(out_features, out_features, dtype=dtype, rngs=rngs) for _ in range(num_blocks - 1)]
-    return nnx.List([first, *rest])
+    return [first, *rest]

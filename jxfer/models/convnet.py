@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -18,7 +19,6 @@ class ConvNetConfig:
     """Channels of the stem, of `layer1` and of `layer2`."""
     dropout: float = 0.0
     """Share of whole channels dropped at the end of `layer1` and `layer2` in training."""
-
     total_stride: int = 4
     """Pixels of the image per pixel of the last feature map: also the smallest side of an image."""
 
@@ -27,14 +27,15 @@ CONFIGS = {"convnet": ConvNetConfig(), "convnet_dropout": ConvNetConfig(dropout=
 
 
 class ConvNet(nnx.Module):
-    """Three stages of 3×3 convolution, batch norm and ReLU; the last two then halve the image by a maximum."""
+    """Three layers, each one convolution; the stem halves the image at once, so that the wide layers are cheap."""
 
     def __init__(self, config: ConvNetConfig, *, in_channels: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs):
         narrow, middle, wide = config.widths
+        rate = config.dropout
         self.stages = ("stem", "layer1", "layer2", "pool", "head")
-        self.stem = ConvLayer(in_channels, narrow, dtype=dtype, rngs=rngs)
-        self.layer1 = Downsampling(narrow, middle, dropout=config.dropout, dtype=dtype, rngs=rngs)
-        self.layer2 = Downsampling(middle, wide, dropout=config.dropout, dtype=dtype, rngs=rngs)
+        self.stem = PooledLayer(in_channels, narrow, window=2, dropout=0.0, dtype=dtype, rngs=rngs)
+        self.layer1 = PooledLayer(narrow, middle, window=1, dropout=rate, dtype=dtype, rngs=rngs)
+        self.layer2 = PooledLayer(middle, wide, window=2, dropout=rate, dtype=dtype, rngs=rngs)
         self.pool = blocks.GlobalPool()
         self.head = blocks.linear_head(wide, num_classes, rngs=rngs)
 
@@ -47,27 +48,34 @@ class ConvNet(nnx.Module):
         return run_stages(self, x, stop="head")
 
 
-class ConvLayer(nnx.Module):
-    """3×3 convolution, batch norm, ReLU."""
+class PooledLayer(nnx.Module):
+    """3×3 convolution, batch norm, ReLU, the maximum of each window, and dropout of whole channels if any."""
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        window: int,
+        dropout: float,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        """`window` is the side of the windows in pixels; 1 keeps every pixel."""
         self.conv = blocks.conv(in_features, out_features, 3, dtype=dtype, rngs=rngs)
         self.bn = blocks.batch_norm(out_features, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        """Keeps the size of the image."""
-        return nnx.relu(self.bn(self.conv(x)))
-
-
-class Downsampling(nnx.Module):
-    """3×3 convolution, batch norm, ReLU, 2×2 maximum, and dropout of whole channels where asked for."""
-
-    def __init__(self, in_features: int, out_features: int, *, dropout: float, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.conv = blocks.conv(in_features, out_features, 3, dtype=dtype, rngs=rngs)
-        self.bn = blocks.batch_norm(out_features, dtype=dtype, rngs=rngs)
+        self.window = window
         self.dropout = nnx.Dropout(dropout, broadcast_dims=(1, 2), rngs=rngs) if dropout else None
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
-        """Halves the sides of the image, rounding down."""
-        x = blocks.max_pool(nnx.relu(self.bn(self.conv(x))), 2)
+        """Divides the sides of the image by the window, rounding down."""
+        x = _window_max(nnx.relu(self.bn(self.conv(x))), self.window)
         return x if self.dropout is None else self.dropout(x)
+
+
+def _window_max(x: Float[Array, "B H W C"], window: int) -> Float[Array, "B h w C"]:
+    """Returns the maximum of windows side by side: by a reshape, whose gradient XLA runs faster than a pooling's."""
+    count, rows, columns, channels = x.shape
+    rows, columns = rows // window, columns // window
+    x = x[:, : rows * window, : columns * window]
+    return jnp.max(x.reshape(count, rows, window, columns, window, channels), axis=(2, 4))

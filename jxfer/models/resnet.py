@@ -61,10 +61,10 @@ class ResNet(nnx.Module):
         count1, count2, count3, count4 = config.num_blocks
         self.stages = ("stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
         self.stem = stem(in_channels, narrow, dtype=dtype, rngs=rngs)
-        self.layer1 = _layer(block, narrow, first, count1, stride=1, dtype=dtype, rngs=rngs)
-        self.layer2 = _layer(block, first, second, count2, stride=2, dtype=dtype, rngs=rngs)
-        self.layer3 = _layer(block, second, third, count3, stride=2, dtype=dtype, rngs=rngs)
-        self.layer4 = _layer(block, third, fourth, count4, stride=2, dtype=dtype, rngs=rngs)
+        self.layer1 = nnx.List(_layer(block, narrow, first, count1, stride=1, dtype=dtype, rngs=rngs))
+        self.layer2 = nnx.List(_layer(block, first, second, count2, stride=2, dtype=dtype, rngs=rngs))
+        self.layer3 = nnx.List(_layer(block, second, third, count3, stride=2, dtype=dtype, rngs=rngs))
+        self.layer4 = nnx.List(_layer(block, third, fourth, count4, stride=2, dtype=dtype, rngs=rngs))
         self.pool = blocks.GlobalPool()
         self.head = blocks.linear_head(fourth, num_classes, rngs=rngs)
 
@@ -86,7 +86,8 @@ class ImageNetStem(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         """Quarters the sides of the image, rounding up."""
-        return blocks.max_pool(nnx.relu(self.bn(self.conv(x))), 3, padding=1)
+        x = nnx.relu(self.bn(self.conv(x)))
+        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 class Bottleneck(nnx.Module):
@@ -135,10 +136,10 @@ class Projection(nnx.Module):
 
 def _layer(
     block: Any, in_features: int, out_features: int, num_blocks: int, *, stride: int, dtype: DTypeLike, rngs: nnx.Rngs
-) -> nnx.List:
+) -> list[nnx.Module]:
     shortcut = None
     if stride > 1 or in_features != out_features:
         shortcut = Projection(in_features, out_features, stride=stride, dtype=dtype, rngs=rngs)
     first = block(in_features, out_features, stride=stride, downsample=shortcut, dtype=dtype, rngs=rngs)
     rest = [block(out_features, out_features, dtype=dtype, rngs=rngs) for _ in range(num_blocks - 1)]
-    return nnx.List([first, *rest])
+    return [first, *rest]
