@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the whole checkpoints, ascending; one that is half-written or truncated is not one."""
-        return sorted(int(entry.name) for entry in _entries(self._directory) if _read_manifest(entry))
+        self.wait()
+        return sorted(self._manifests())
 
     def latest(self) -> int | None:
         """Returns the newest step there is a whole checkpoint of, or None."""
@@ -109,8 +110,8 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Returns the step with the largest `best_metric`, or None where no checkpoint has it."""
-        values = {step: self._metric(step) for step in self.steps()}
-        return max((step for step in values if not math.isnan(values[step])), key=lambda s: values[s], default=None)
+        self.wait()
+        return self._best(self._manifests())
 
     def wait(self) -> None:
         """Waits until the last save is on disk, and raises what it raised."""
@@ -125,7 +126,7 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(
@@ -140,15 +141,22 @@ class Checkpoints:
             self._prune()
 
     def _prune(self) -> None:
-        keep = {str(step) for step in self.steps()[-self._keep_last :]}
+        manifests = self._manifests()
+        keep = {str(step) for step in sorted(manifests)[-self._keep_last :]}
         if self._keep_best:
-            keep.add(str(self.best()))
+            keep.add(str(self._best(manifests)))
         for entry in _entries(self._directory):
             if entry.name not in keep:
                 shutil.rmtree(entry)
 
-    def _metric(self, step: int) -> float:
-        return _read_manifest(self._directory / str(step))["metadata"]["metrics"].get(self._best_metric, math.nan)
+    def _manifests(self) -> dict[int, dict[str, Any]]:
+        named = [entry for entry in _entries(self._directory) if entry.name.isdigit()]
+        return {int(entry.name): manifest for entry in named if (manifest := _read_manifest(entry))}
+
+    def _best(self, manifests: dict[int, dict[str, Any]]) -> int | None:
+        values = {step: manifests[step]["metadata"]["metrics"].get(self._best_metric) for step in sorted(manifests)}
+        known = {step: value for step, value in values.items() if value is not None and not math.isnan(value)}
+        return max(known, key=lambda step: known[step], default=None)
 
 
 def save_arrays(directory: Path, arrays: Mapping[str, Any], *, metadata: dict[str, Any]) -> None:
@@ -246,7 +254,9 @@ def _abstract(leaf: Any) -> Any:
 
 def _like(leaf: Any, value: Any) -> Any:
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return jax.device_put(np.empty(leaf.shape, leaf.dtype), _abstract(leaf).sharding) if value is None else value
+        value = np.empty(leaf.shape, leaf.dtype) if value is None else value
+        # Orbax returns keys under another spelling of the same sharding, which jit would compile for again.
+        return jax.device_put(value, _abstract(leaf).sharding)
     if isinstance(leaf, np.ndarray):
         return leaf.copy() if value is None else value
     return type(leaf)(value.item())
