@@ -13,13 +13,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jxfer import models, optim, paths
-from jxfer.config import DataConfig, Experiment, Method, Phase, TrainConfig
+from jxfer.config import DataConfig, Experiment, Method, ModelConfig, Phase, TrainConfig
 from jxfer.data import Dataset, Prepare, load_dataset
 from jxfer.features import frozen_boundary
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Partition, arrays_of
-from jxfer.step import EvalStep, Fixed, FromStage, TrainState, TrainStep, from_image, init_state, make_eval_step
-from jxfer.step import make_train_step
+from jxfer.step import (
+    EvalStep,
+    Fixed,
+    FromStage,
+    TrainState,
+    TrainStep,
+    from_image,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 from jxfer.typing import Arrays, Batch, InputError
 from jxfer.weights.load import load_into
 
@@ -109,27 +118,32 @@ class Plan:
         return "\n".join(parts).rstrip()
 
 
+def base_model(config: ModelConfig, method: Method, task: Task, *, seed: int) -> nnx.Module:
+    """Returns the model before transfer, with random weights, for the classes of what the method starts from."""
+    num_classes = len(task.source_classes if method.start == "source" else task.target_classes)
+    return models.build(config, num_classes=num_classes, image_shape=task.image_shape, rngs=nnx.Rngs(seed))
+
+
 def target_model(
-    experiment: Experiment, method: Method, task: Task, *, source: Mapping[str, Any] | None, seed: int
+    model: nnx.Module, method: Method, task: Task, *, source: Mapping[str, Any] | None, seed: int
 ) -> nnx.Module:
-    """Returns the model a method starts from: the source's weights or fresh ones, then the method's surgeries.
+    """Makes of a base model the one that a method trains: the source's weights, then the method's surgeries.
 
     Args:
-      experiment: names the model.
+      model: from `base_model`; altered in place and returned.
       method: where to start and what to alter.
-      task: the classes of source and target, and the images' shape (H, W, C).
-      source: the source's arrays; None leaves the weights random, as a plan may.
-      seed: of every random initial weight.
+      task: the classes of source and target.
+      source: the source's arrays; None leaves the weights as they are, as a plan may.
+      seed: of every random weight that surgeries bring.
 
     Raises:
       InputError: the weights do not fit the model, or the head does not fit the target's classes.
     """
     transfers = method.start == "source"
     classes = task.source_classes if transfers else task.target_classes
-    rngs = nnx.Rngs(seed)
-    model = models.build(experiment.model, num_classes=len(classes), image_shape=task.image_shape, rngs=rngs)
     if transfers and source is not None:
-        load_into(model, source, what=f"source weights for {experiment.model.name}")
+        load_into(model, source, what="source weights")
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
     for surgery in method.surgeries:
         surgery(model, source_classes=classes, target_classes=task.target_classes, rngs=rngs)
     if not method.surgeries and classes != task.target_classes:
@@ -265,7 +279,9 @@ def plan_experiment(experiment: Experiment, method: Method) -> Plan:
 
 def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:
     """Plans and costs a method on shapes alone: no weight is made, nothing trains."""
-    model = nnx.eval_shape(lambda: target_model(experiment, method, task, source=None, seed=0))
+    model = nnx.eval_shape(
+        lambda: target_model(base_model(experiment.model, method, task, seed=0), method, task, source=None, seed=0)
+    )
     phases = []
     for planned in plan_phases(experiment, method, model):
         state, fixed = _abstract_state(experiment, method, planned, model)

@@ -5,6 +5,7 @@ the variants, reads the test split once, and returns the row for `results.jsonl`
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from pathlib import Path
@@ -16,17 +17,16 @@ import optax
 from flax import nnx
 
 from jxfer import checkpoint, config, data, logs
-from jxfer.config import Experiment, Method, TrainConfig
+from jxfer.config import Experiment, Method, ModelConfig, TrainConfig
 from jxfer.evaluate import evaluate
 from jxfer.loop import Session
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Partition, arrays_of
 from jxfer.phase import EVAL_BATCH_SIZE, Context, PhaseResult, Splits, rank, run_phase
-from jxfer.plan import Task, load_data, plan_phases, prepare_images, target_model
+from jxfer.plan import Task, base_model, load_data, plan_phases, prepare_images, target_model
 from jxfer.sharding import make_mesh
 from jxfer.step import init_state, make_eval_step
 from jxfer.typing import Arrays, AuditError, InputError, NonFiniteError
-
 
 COSTS = (
     "params_total",
@@ -204,8 +204,9 @@ def _train_variants(
 
 
 def _train_variant(context: Context, task: Task, splits: Splits, source: Source | None) -> Outcome:
+    start = _base_model(context.experiment.model, context.method, task, context.seed)
     arrays = source.arrays if source else None
-    model = target_model(context.experiment, context.method, task, source=arrays, seed=context.seed)
+    model = target_model(nnx.merge(*start), context.method, task, source=arrays, seed=context.seed)
     results = []
     for index, planned in enumerate(plan_phases(context.experiment, context.method, model)):
         result = run_phase(context, planned, model, splits, index=index)
@@ -215,6 +216,12 @@ def _train_variant(context: Context, task: Task, splits: Splits, source: Source 
         results[-1].validation_metrics if results else _test(context.experiment, task, model, splits.validation)[0]
     )
     return Outcome(context.variant, model, metrics, tuple(results))
+
+
+@functools.lru_cache(maxsize=16)
+def _base_model(model: ModelConfig, method: Method, task: Task, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """Makes the random weights of a seed once for all the runs of a method that begin with them."""
+    return nnx.split(base_model(model, method, task, seed=seed))
 
 
 def _test(experiment: Experiment, task: Task, model: nnx.Module, split: data.Split) -> tuple[dict[str, float], Any]:
