@@ -66,7 +66,7 @@ def headline(results: Results, baselines: tuple[str, ...]) -> str:
 def best_table(results: Results, baselines: tuple[str, ...]) -> Table:
     """For each number of shots: the best method, the runner-up, and whether they differ."""
     rows = [_best_row(ranking(results, shots), shots, baselines) for shots in results.shots if ranking(results, shots)]
-    header = ("Per class", "Best", "Accuracy %", "n", "Runner-up", "Accuracy %", "Against runner-up")
+    header = ("Per class", "Best", "Accuracy\u00a0%", "n", "Runner-up", "Accuracy\u00a0%", "Against runner-up")
     return Table(
         (*header, "Against scratch") if baselines else header,
         tuple(row if baselines else row[:-1] for row in rows),
@@ -126,7 +126,7 @@ def _against_baseline(duels: dict[Shots, tuple[Entry, Entry]]) -> str:
         by_verdict[compare(transfer.summary, reference.summary)].append(shots)
     phrases: dict[Verdict, str] = {
         "better": "the best transfer is clearly better than training from scratch",
-        "worse": "training from scratch is clearly better than any transfer",
+        "worse": "training from scratch is clearly better than the best transfer",
         "unclear": "there is no clear difference between the best transfer and training from scratch",
         "unknown": "one seed gives no interval, so nothing can be claimed about transfer against scratch",
     }
@@ -141,8 +141,9 @@ def _largest_gain(duels: dict[Shots, tuple[Entry, Entry]]) -> str:
         return ""
     shots = max(duels, key=lambda key: duels[key][0].summary.mean - duels[key][1].summary.mean)
     transfer, reference = duels[shots]
+    where = "all" if shots is None else f"{shots} per class"
     return (
-        f" The largest gain is with {shots_name(shots)}: {transfer.method} {percent_text(transfer.summary)} % against "
+        f" The largest gain is with {where}: {transfer.method} {percent_text(transfer.summary)} % against "
         f"{reference.method} {percent_text(reference.summary)} % (n = {transfer.summary.n} and {reference.summary.n})."
     )
 

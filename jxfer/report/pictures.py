@@ -128,7 +128,7 @@ def _draw_examples(material: Material, shown: Sequence[Shown]) -> Any:
         axes.set_axis_off()
     for axes, example in zip(panels, shown, strict=False):
         axes.imshow(_rgb(example.image), interpolation="nearest", aspect="equal")
-        axes.set_title(f"true: {shorten(material.class_name(example.label))}", fontsize=8)
+        axes.set_title(f"true: {shorten(material.class_name(example.label))}", fontsize=8, loc="left")
         for line, (method, name, right) in enumerate(_verdicts(material, example)):
             text = f"{'✓' if right else '✗'} {shorten(method, 20)}" + ("" if right else f": {shorten(name, 10)}")
             colour = "#1d7a3f" if right else "#b3261e"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jxfer.report import figures, pictures, style, tables
+from jxfer.report import costs, curves, pictures, style, tables
 from jxfer.report.directory import Material
 from jxfer.report.document import Block, Document, Fold, Section, Text, number, size
 from jxfer.report.document import Code as CodeBlock
@@ -29,7 +29,7 @@ def _accuracy(material: Material) -> tuple[Block, ...]:
         return ()
     looks = style.looks(results.methods, material.baselines)
     return (
-        figures.accuracy_figure(results, looks),
+        curves.accuracy_figure(results, looks),
         tables.accuracy_table(results),
         Text("The best at each number of examples", tone="best"),
         best_table(results, material.baselines),
@@ -40,9 +40,9 @@ def _cost(material: Material) -> tuple[Block, ...]:
     results = material.results
     if not results.accuracy:
         return ()
-    figure = figures.cost_figure(results, style.looks(results.methods, material.baselines))
+    figure = costs.cost_figure(results, style.looks(results.methods, material.baselines))
     shots = next(s for s in reversed(results.shots) if any((m, s) in results.accuracy for m in results.methods))
-    text = Text(f"With {shots_text(shots)}, means over seeds; time includes evaluation and compilation.")
+    text = Text(f"With {shots_text(shots)}, means over seeds.")
     return (*((figure,) if figure else ()), text, tables.cost_table(results, shots))
 
 

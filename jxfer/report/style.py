@@ -98,9 +98,12 @@ def png_bytes(figure: Any) -> bytes:
 
 
 def shorten(text: str, length: int = 18) -> str:
-    """One line of at most `length` characters, for places in a figure where more would overlap."""
+    """One line of at most `length` characters; a long one loses its middle, since names often differ at the end."""
     line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+    if len(line) <= length:
+        return line
+    tail = (length - 1) // 2
+    return f"{line[: length - 1 - tail]}…{line[-tail:]}"
 
 
 def _render(draw: Callable[[float], Any], name: str, width: float) -> tuple[str, bytes]:
