@@ -30,7 +30,7 @@ def best_confusion_figure(material: Material, best: Confusion) -> Figure:
         alt=f"Confusion matrix of {best.method}",
         caption=f"{best.method} with {shots_text(best.shots)}: of each true class (row), the share in percent taken "
         f"for each class (column); {_runs_text([best])}.",
-        data=_confusion_table(material, best),
+        data=_counts_table(material, [best]),
     )
 
 
@@ -42,7 +42,7 @@ def other_confusions_figure(material: Material, others: Sequence[Confusion]) -> 
         alt="Confusion matrices of the other methods",
         caption=f"The other methods with {shots_text(others[0].shots)}, in the same order of classes and the same "
         f"scale; {_runs_text(others)}.",
-        data=_pairs_table(material, others),
+        data=_counts_table(material, others),
     )
 
 
@@ -157,16 +157,22 @@ def _rgb(image: np.ndarray) -> np.ndarray:
     return np.repeat(image[..., :1], 3, axis=-1) if image.shape[-1] < 3 else np.ascontiguousarray(image[..., :3])
 
 
-def _confusion_table(material: Material, matrix: Confusion) -> Table:
-    K = len(matrix.counts)
+def _counts_table(material: Material, matrices: Sequence[Confusion]) -> Table:
+    """Every cell of the matrices; of many classes only the most frequent errors."""
+    K = max(len(matrix.counts) for matrix in matrices)
     if K > MAX_NAMES:
-        return _pairs_table(material, [matrix])
-    names = [material.class_name(index) for index in range(K)]
+        return _pairs_table(material, matrices)
     rows = [
-        (Cell(name), *(Cell(str(count), int(count), "" if count else "muted") for count in counts))
-        for name, counts in zip(names, matrix.counts, strict=True)
+        (Cell(matrix.method), Cell(material.class_name(true)), *map(_count_cell, counts.tolist()))
+        for matrix in matrices
+        for true, counts in enumerate(np.pad(matrix.counts, (0, K - len(matrix.counts))))
     ]
-    return Table(("True class \\ predicted", *names), tuple(rows), note="Counts of test examples, over all seeds.")
+    header = ("Method", "True class \\ predicted", *map(material.class_name, range(K)))
+    return Table(header, tuple(rows), note="Counts of test examples, over all seeds.")
+
+
+def _count_cell(count: int) -> Cell:
+    return Cell(str(count), count, "" if count else "muted")
 
 
 def _pairs_table(material: Material, matrices: Sequence[Confusion]) -> Table:
