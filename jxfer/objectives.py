@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from jxfer.typing import Batch, Metrics
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a task asks of a model's outputs."""
 

@@ -97,7 +97,9 @@ class Partition:
             if name not in labels.values():
                 raise paths.unknown("label in groups:", name, dict.fromkeys(labels.values()))
         leaves = tuple(
-            Leaf(path, keys, tuple(value.shape), str(value.dtype), kind, labels.get(path) or _follow(keys, kind, labels))
+            Leaf(
+                path, keys, tuple(value.shape), str(value.dtype), kind, labels.get(path) or _follow(keys, kind, labels)
+            )
             for path, keys, kind, value in variables
         )
         return cls(leaves, tuple(sorted(groups.items())))
@@ -170,7 +172,9 @@ class Partition:
         """
         for leaf in self.leaves:
             if (leaf.path in moving) != leaf.moves or (leaf.path in frozen) == leaf.moves:
-                raise InputError(f"merge: `{leaf.path}` belongs to the {'moving' if leaf.moves else 'frozen'} half alone")
+                raise InputError(
+                    f"merge: `{leaf.path}` belongs to the {'moving' if leaf.moves else 'frozen'} half alone"
+                )
         merged = {**moving, **frozen}
         paths.check_same(merged, {leaf.path: leaf for leaf in self.leaves}, what="merge")
         return {leaf.path: merged[leaf.path] for leaf in self.leaves}
@@ -254,7 +258,9 @@ class _Labels:
 
         def label(path: Path, _: Any) -> Any:
             if path not in by_path:
-                raise InputError(f"the tree has `{path}`, the partition does not; nearest: {paths.nearest(path, by_path)}")
+                raise InputError(
+                    f"the tree has `{path}`, the partition does not; nearest: {paths.nearest(path, by_path)}"
+                )
             return by_path[path] in self.selected if self.selected else by_path[path]
 
         return paths.map_with_paths(label, tree)
@@ -317,8 +323,8 @@ def _digest(value: jax.Array) -> str:
 
 
 def _whole_shards(value: jax.Array) -> Iterable[np.ndarray]:
-    """Yields one replica of each shard that this process holds, in the order of its place in the array."""
-    if not isinstance(value, jax.Array):
+    """Yields the array or, where other processes hold a part, one replica of each shard that this one holds."""
+    if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return [np.asarray(value)]
     shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
     return [np.asarray(s.data) for s in sorted(shards, key=lambda s: [(part.start or 0) for part in s.index])]

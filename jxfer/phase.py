@@ -148,7 +148,8 @@ class _Keeper:
 
     @functools.cached_property
     def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(self._directory, keep_last=self._context.experiment.train.keep_checkpoints)
+        keep_last = self._context.experiment.train.keep_checkpoints
+        return Checkpoints(self._directory, keep_last=keep_last, best_metric="best")
 
     def hooks(self) -> tuple[Hook, ...]:
         train_config = self._context.experiment.train

@@ -4,7 +4,7 @@ Axis letters: B batch, N examples of a split, K classes, H W C image rows, colum
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ class InterruptedRun(Exception):  # noqa: N818 - an ending, not an error
     """SIGTERM or SIGINT arrived and everything needed to continue is on disk (exit status 75)."""
 
 
+@runtime_checkable
 class Surgery(Protocol):
     """A frozen dataclass that alters a model before training (`jxfer.surgery`)."""
 
