@@ -3,7 +3,7 @@
 import dataclasses
 import io
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -41,7 +41,7 @@ def encode_png(pixels: UInt8[np.ndarray, "H W"]) -> bytes:
     return buffer.getvalue()
 
 
-def read_header(file: Path | IO[bytes]) -> tuple[int, int, int]:
+def read_header(file: Path | io.BytesIO) -> tuple[int, int, int]:
     """Returns height, width and channels (1 or 3) without decoding the pixels; raises OSError if unreadable."""
     with _open(file) as image:
         height, width = image.height, image.width
@@ -50,7 +50,7 @@ def read_header(file: Path | IO[bytes]) -> tuple[int, int, int]:
         return height, width, 1 if image.mode in GREY_MODES else 3
 
 
-def decode(file: Path | IO[bytes], shape: ImageShape) -> UInt8[np.ndarray, "H W C"]:
+def decode(file: Path | io.BytesIO, shape: ImageShape) -> UInt8[np.ndarray, "H W C"]:
     """Decodes one image, upright as its EXIF data say; the short side is resized and the middle cropped.
 
     Raises:
@@ -69,7 +69,7 @@ def decode(file: Path | IO[bytes], shape: ImageShape) -> UInt8[np.ndarray, "H W 
     return np.asarray(converted).reshape(converted.height, converted.width, shape.channels)
 
 
-def _open(file: Path | IO[bytes]) -> "Image.Image":
+def _open(file: Path | io.BytesIO) -> "Image.Image":
     from PIL import Image
 
     try:

@@ -27,10 +27,8 @@ def load_records(config: DataConfig) -> Dataset:
       InputError: the data set is not prepared, is no image classification, holds a damaged image, or has images of
         different sizes and `config.image_size` is not set.
     """
-    import tensorflow_datasets as tfds
-
     directory = _find(config.name.removeprefix("tfds:"))
-    builder = tfds.builder_from_directory(directory)
+    builder = _builder(directory)
     _check_format(builder, directory)
     image_key, label_key = _keys(builder)
     shape = _image_shape(builder, image_key, config)
@@ -91,6 +89,19 @@ def _how_to_prepare(name: str) -> str:
     )
 
 
+def _builder(directory: Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # of kinds that belong to protobuf, TFDS and Python
+        raise _damaged(directory, error) from error
+
+
+def _damaged(directory: Path, error: Exception) -> InputError:
+    return InputError(f"data set in '{directory}' is damaged ({str(error).splitlines()[0]}); prepare it again")
+
+
 def _check_format(builder: Any, directory: Path) -> None:
     found = builder.info.file_format.value
     if found != "array_record":
@@ -123,15 +134,18 @@ def _image_shape(builder: Any, image_key: str, config: DataConfig) -> ImageShape
 
 
 def _open_split(builder: Any, name: str, image_key: str, label_key: str, shape: ImageShape) -> LazySplit:
-    """Opens a split without decoding images; labels are read now, `CHUNK` records at a time."""
+    """Opens a split without decoding images; every record is read once for its label, `CHUNK` at a time."""
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(split=name, decoders={image_key: tfds.decode.SkipDecoding()})
-    labels = [
-        record[label_key]
-        for start in range(0, len(source), CHUNK)
-        for record in source.__getitems__(range(start, min(start + CHUNK, len(source))))
-    ]
+    try:
+        labels = [
+            record[label_key]
+            for start in range(0, len(source), CHUNK)
+            for record in source.__getitems__(range(start, min(start + CHUNK, len(source))))
+        ]
+    except RuntimeError as error:  # ArrayRecord's word for a missing file and a wrong checksum
+        raise _damaged(Path(builder.data_dir), error) from error
     ids = np.array([f"{name}/{index:07d}" for index in range(len(labels))])
 
     def image_at(index: int) -> np.ndarray:
