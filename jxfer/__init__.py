@@ -1,0 +1,50 @@
+"""jxfer, the transfer-learning laboratory for JAX: the public names, each imported when it is first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jxfer import config, methods, models, objectives, optim, paths, typing
+    from jxfer.partition import Partition
+    from jxfer.step import init_state, make_eval_step, make_train_step
+    from jxfer.typing import InputError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "Partition",
+    "__version__",
+    "config",
+    "init_state",
+    "make_eval_step",
+    "make_train_step",
+    "methods",
+    "models",
+    "objectives",
+    "optim",
+    "paths",
+    "typing",
+]
+
+_HOME = {
+    "InputError": "typing",
+    "Partition": "partition",
+    "init_state": "step",
+    "make_eval_step": "step",
+    "make_train_step": "step",
+}
+"""Public name -> the module that defines it; the other names of `__all__` are modules."""
+
+
+def __getattr__(name: str) -> Any:
+    # Importing at first use keeps `jxfer --help` from waiting for jax, and the core free of what only commands need.
+    if name in _HOME:
+        return getattr(importlib.import_module(f"jxfer.{_HOME[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"jxfer.{name}")
+    raise AttributeError(f"module 'jxfer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,329 @@
+"""The commands, and nothing else: from a command line to an exit status."""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jxfer import __version__
+
+if TYPE_CHECKING:
+    from jxfer.config import Experiment
+
+# What imports jax is imported inside functions, so that `jxfer --help` does not wait for it.
+
+DONE, BAD_INPUT, RUN_FAILED, INTERRUPTED, KILLED, BROKEN_PIPE = 0, 2, 3, 75, 130, 141
+"""Exit statuses. An exception that is none of jxfer's own is a bug: it keeps its traceback and exits with 1."""
+
+SWITCHES = ("help", "json")
+"""Options without a value."""
+
+LISTS_OF = ("models", "datasets", "methods", "experiments")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What follows the name of a command."""
+
+    line: str
+    """The whole command, as it is recorded with the results."""
+    operands: tuple[str, ...]
+    options: Mapping[str, str]
+    settings: tuple[str, ...]
+    """The options that are settings of the experiment, as `--FIELD.PATH=VALUE`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command does and takes."""
+
+    call: Callable[[Arguments], int]
+    operands: str
+    summary: str
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Name -> value and help, of the options that are not settings."""
+
+    @property
+    def takes_settings(self) -> bool:
+        """Whether every setting of the experiment is an option too."""
+        return self.operands == "EXPERIMENT"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    try:
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("jxfer: stopped at once; the run that was under way continues from its last checkpoint", file=sys.stderr)
+        return KILLED
+    except Exception as error:
+        if (known := _explain(error)) is None:
+            raise
+        return known
+
+
+def ablate(args: Arguments) -> int:
+    """Trains the grid of an experiment, prints its table and builds its report."""
+    from jxfer import ablate, report
+    from jxfer.session import open_session
+
+    experiment = _experiment(args)
+    directory = _directory(args, experiment)
+    with open_session() as session:
+        results = ablate.ablate(experiment, directory, session, command=args.line)
+    report.build(directory)
+    _print_table(report.summary_table(results))
+    print(f"open {directory / 'report.html'}")
+    return _report_failures(results)
+
+
+def run(args: Arguments) -> int:
+    """Trains one cell of the grid."""
+    from jxfer import ablate
+    from jxfer.session import open_session
+    from jxfer.typing import InputError
+
+    if "method" not in args.options:
+        raise InputError("`jxfer run` needs `--method NAME`; `jxfer list methods` lists them")
+    experiment = _experiment(args)
+    directory = _directory(args, experiment)
+    cell = (args.options["method"], _shots(experiment), _whole(args, "seed", default=0))
+    with open_session() as session:
+        row = ablate.run_one(experiment, *cell, directory, session, command=args.line)
+    if row["status"] == "ok":
+        values = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
+        print(f"{_title(row)}: {values} on the test split, after {row['steps']} steps in {row['seconds']:.0f} s")
+    return _report_failures([row])
+
+
+def plan(args: Arguments) -> int:
+    """Says what would train and what it would cost."""
+    from jxfer.plan import plan_experiment
+
+    experiment = _experiment(args)
+    plans = [plan_experiment(experiment, method) for method in experiment.methods]
+    if "json" in args.options:
+        objects = [plan.to_json() for plan in plans]
+        print(json.dumps(objects[0] if "method" in args.options else objects, indent=2))
+    else:
+        print("\n\n".join(map(str, plans)))
+    return DONE
+
+
+def report(args: Arguments) -> int:
+    """Rebuilds tables, figures and page from the results in a directory."""
+    from jxfer import report
+    from jxfer.typing import InputError
+
+    directory = Path(args.operands[0])
+    if not directory.is_dir():
+        raise InputError(f"no directory `{directory}`; give the `--out` of an ablation")
+    report.build(directory)
+    print(f"open {directory / 'report.html'}")
+    return DONE
+
+
+def list_names(args: Arguments) -> int:
+    """Lists what can be named in an experiment or on the command line."""
+    from jxfer import data, methods, models, overrides, paths
+
+    for kind in args.operands or LISTS_OF:
+        if kind not in LISTS_OF:
+            raise paths.unknown("list", kind, LISTS_OF)
+        found: dict[str, str] = {
+            "models": lambda: dict.fromkeys(models.names(), ""),
+            "datasets": lambda: dict.fromkeys(data.names(), ""),
+            "methods": lambda: {name: method.summary for name, method in methods.METHODS.items()},
+            "experiments": overrides.experiments,
+        }[kind]()
+        if not args.operands:
+            print(f"{kind}:")
+        width = max(map(len, found), default=0)
+        for name, summary in found.items():
+            print(f"{'' if args.operands else '  '}{name:{width}}  {summary}".rstrip())
+    return DONE
+
+
+_OUT = {"out": "DIR       where results are kept (out/NAME); the same DIR again continues"}
+
+COMMANDS = {
+    "ablate": Command(
+        ablate,
+        "EXPERIMENT",
+        "train every method, number of shots and seed of an experiment, and report",
+        _OUT | {"methods": "A,B       these methods instead of the experiment's own"},
+    ),
+    "run": Command(
+        run,
+        "EXPERIMENT",
+        "train one method at one number of shots and one seed",
+        _OUT | {"method": "NAME      which method", "seed": "N         which seed (0)"},
+    ),
+    "plan": Command(
+        plan,
+        "EXPERIMENT",
+        "say what would train and what it would cost, without training",
+        {"method": "NAME      this method alone", "json": "          print JSON"},
+    ),
+    "report": Command(report, "DIR", "rebuild the tables, figures and page of an ablation"),
+    "list": Command(list_names, f"[{'|'.join(LISTS_OF)}]", "list what can be named"),
+}
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return DONE
+    if argv[0] == "--version":
+        print(_versions())
+        return DONE
+    # Read by XLA's logging when jax is imported: without it, every cached program that loads says so.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from jxfer import paths
+
+    if argv[0] not in COMMANDS:
+        raise paths.unknown("command", argv[0], COMMANDS)
+    command = COMMANDS[argv[0]]
+    if {"-h", "--help"} & set(argv):
+        print(_command_help(argv[0], command))
+        return DONE
+    return command.call(_arguments(argv, command))
+
+
+def _arguments(argv: list[str], command: Command) -> Arguments:
+    from jxfer import overrides, paths
+    from jxfer.typing import InputError
+
+    fields = overrides.settings() if command.takes_settings else {}
+    known = [f"--{name}" for name in (*command.options, *fields)]
+    for name in (overrides.option_name(arg) for arg in argv if arg.startswith("--")):
+        if f"--{name}" not in known:
+            raise paths.unknown("option", f"--{name}", known)
+    operands, options = overrides.split_options(argv[1:], SWITCHES)
+    optional = command.operands.startswith("[")
+    if len(operands) > 1 or (not operands and not optional):
+        problem = f"unexpected argument `{operands[1]}`" if operands else f"no {command.operands} given"
+        raise InputError(f"{problem}; usage: jxfer {argv[0]} {command.operands} [OPTIONS]")
+    own = {name: value for name, value in options.items() if name in command.options}
+    settings = tuple(f"--{name}={value}" for name, value in options.items() if name in fields)
+    return Arguments(shlex.join(["jxfer", *argv]), tuple(operands), own, settings)
+
+
+def _experiment(args: Arguments) -> "Experiment":
+    """Returns the experiment of the command line, checked, and makes jax ready for it."""
+    from jxfer import checks, overrides
+    from jxfer.typing import InputError
+
+    experiment = overrides.override(overrides.load_experiment(args.operands[0]), args.settings)
+    names = args.options.get("methods") or args.options.get("method")
+    if names:
+        chosen = ablate.pick_methods(experiment, [name.strip() for name in names.split(",")])
+        experiment = dataclasses.replace(experiment, methods=chosen)
+    if not experiment.methods:
+        raise InputError(
+            f"experiment `{experiment.name}` has no methods; name some in the file or with `--methods A,B`"
+        )
+    checks.check(experiment)
+    from jxfer.session import prepare_jax
+
+    prepare_jax()
+    return experiment
+
+
+def _directory(args: Arguments, experiment: "Experiment") -> Path:
+    from jxfer.ablate import default_directory
+
+    return Path(args.options["out"]) if "out" in args.options else default_directory(experiment)
+
+
+def _shots(experiment: "Experiment") -> int | None:
+    from jxfer.typing import InputError
+
+    if len(experiment.shots) > 1:
+        shots = ", ".join("none" if shots is None else str(shots) for shots in experiment.shots)
+        raise InputError(f"experiment `{experiment.name}` has several shots ({shots}); choose with `--shots K`")
+    return experiment.shots[0]
+
+
+def _whole(args: Arguments, name: str, *, default: int) -> int:
+    from jxfer.typing import InputError
+
+    value = args.options.get(name, str(default))
+    if not value.isdecimal():
+        raise InputError(f"--{name} takes a whole number, 0 or more, not `{value}`")
+    return int(value)
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    # A pipe has no width of its own; a table cut at 80 columns would be unreadable there.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _report_failures(results: Sequence[Mapping[str, Any]]) -> int:
+    failed = [row for row in results if row["status"] == "failed"]
+    if not failed:
+        return DONE
+    print(f"jxfer: {len(failed)} of {len(results)} runs failed:", file=sys.stderr)
+    for row in failed:
+        print(f"  {_title(row)}: {row['error']}", file=sys.stderr)
+    return RUN_FAILED
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    return f"{row['method']} · {'all' if row['shots'] is None else row['shots']} shots · seed {row['seed']}"
+
+
+def _explain(error: Exception) -> int | None:
+    from jxfer.typing import InputError, InterruptedRun
+
+    if isinstance(error, InterruptedRun):
+        print(f"jxfer: {error}; run the same command again to continue", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, InputError):
+        print(f"jxfer: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return None
+
+
+def _help() -> str:
+    rows = [f"  {f'{name} {command.operands}':<18}  {command.summary}" for name, command in COMMANDS.items()]
+    rows[-1] = f"  list [WHAT]         {COMMANDS['list'].summary}: {', '.join(LISTS_OF)}"
+    return "\n".join(
+        [
+            "usage: jxfer COMMAND ...     jxfer COMMAND --help     jxfer --version",
+            "",
+            *rows,
+            "",
+            "EXPERIMENT is a Python file that defines `experiment`, or its name in experiments/.",
+            "exit status: 0 done, 2 bad input, 3 a run failed, 75 stopped (the same command continues)",
+        ]
+    )
+
+
+def _command_help(name: str, command: Command) -> str:
+    lines = [f"usage: jxfer {name} {command.operands}{' [OPTIONS]' if command.options else ''}", "", command.summary]
+    if command.options:
+        lines += ["", *(f"  --{option:<8} {text}" for option, text in command.options.items())]
+    if command.takes_settings:
+        from jxfer import overrides
+
+        lines += ["", "and every setting of the experiment:", *overrides.settings_help()]
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    import importlib.metadata
+    import platform
+
+    return f"jxfer {__version__}, jax {importlib.metadata.version('jax')}, Python {platform.python_version()}"

@@ -1,0 +1,55 @@
+"""What a command lends to the runs below it: signals that stop them cleanly, progress, and a jax made ready."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import jax
+
+from jxfer.data.prepare import cache_dir
+from jxfer.loop import Session
+from jxfer.progress import progress
+
+
+def prepare_jax() -> None:
+    """Keeps compiled programs between processes, which takes most of the start-up away, and silences absl's notes.
+
+    To be called before anything is compiled. `JAX_COMPILATION_CACHE_DIR` in the environment leaves the choice of what
+    is kept, and where, to jax.
+    """
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def open_session() -> Iterator[Session]:
+    """Lends a session that shows progress on stderr and stops on SIGTERM and SIGINT."""
+    with stop_signals() as should_stop, progress(sys.stderr) as tracker:
+        yield Session(progress=tracker, should_stop=should_stop)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM and SIGINT into a flag; a second SIGINT raises KeyboardInterrupt."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
