@@ -42,7 +42,11 @@ def schedule_scale(schedule: Schedule, step: jax.Array, *, num_steps: int, warmu
     """
     step = jnp.asarray(step, jnp.float32)
     progress = jnp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0.0, 1.0)
-    decay = {"constant": jnp.ones_like(progress), "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)), "linear": 1 - progress}
+    decay = {
+        "constant": jnp.ones_like(progress),
+        "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
+        "linear": 1 - progress,
+    }
     return jnp.where(step < warmup_steps, (step + 1) / max(warmup_steps, 1), decay[schedule])
 
 

@@ -62,7 +62,7 @@ def state_shardings(state: PyTree, specs: Mapping[Path, NamedSharding], mesh: Me
         # The last name counts: optax.partition keeps a dict by label further up, and a label may equal a path.
         names = [key.key for key in reversed(keys) if isinstance(key, jax.tree_util.DictKey)]
         spec = next((specs[name] for name in names if name in specs), None)
-        return spec if spec is not None and _fits(spec, np.shape(leaf)) else NamedSharding(mesh, PartitionSpec())
+        return _shortest(spec) if spec and _fits(spec, np.shape(leaf)) else NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
@@ -144,6 +144,14 @@ def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
         return False
     sizes = [1 if axis is None else sharding.mesh.shape[axis] for axis in sharding.spec]
     return all(size % parts == 0 for size, parts in zip(shape, sizes, strict=False))
+
+
+def _shortest(sharding: NamedSharding) -> NamedSharding:
+    """Drops trailing `None`s as XLA does in what it returns: to jit, `P(a)` and `P(a, None)` are two types."""
+    axes = list(sharding.spec)
+    while axes and axes[-1] is None:
+        axes.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
 def _copy(leaf: Any) -> Any:

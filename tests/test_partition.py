@@ -182,7 +182,10 @@ def test_the_audit_catches_a_frozen_layer_left_in_training_mode(model):
 
 def test_fingerprints_see_every_bit():
     array = jnp.asarray([0.0, 1.0])
-    digest = lambda value: fingerprint({"x": value})["x"]
+
+    def digest(value):
+        return fingerprint({"x": value})["x"]
+
     assert digest(array) == digest(jnp.copy(array))
     assert digest(array) != digest(jnp.asarray([-0.0, 1.0]))
     assert digest(array) != digest(array.reshape(2, 1))

@@ -11,7 +11,14 @@ from networks import Net
 from jxfer import paths
 from jxfer.typing import InputError
 
-PATHS = ["stem/kernel", "layer1/0/conv1/kernel", "layer1/2/bn/scale", "layer1/10/conv1/kernel", "head/kernel", "head/bias"]
+PATHS = [
+    "stem/kernel",
+    "layer1/0/conv1/kernel",
+    "layer1/2/bn/scale",
+    "layer1/10/conv1/kernel",
+    "head/kernel",
+    "head/bias",
+]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,10 @@ def test_a_path_is_the_same_in_modules_states_nested_and_flat_dicts():
     model = Net(nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
     nested = nnx.to_pure_dict(state)
-    names = lambda tree: {paths.keypath(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+    def names(tree):
+        return {paths.keypath(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
     flat = {"/".join(map(str, keys)): value for keys, value in nnx.to_flat_state(state)}
     assert names(state) == names(nested) == set(flat)
     assert names({path: jnp.zeros(()) for path in flat}) == set(flat)

@@ -81,22 +81,24 @@ def test_everything_about_a_step_is_as_large_as_what_moves():
 def test_the_gradient_norm_is_that_of_what_moves():
     train = TrainConfig(clip_norm=None)
     state, fixed = start(HEAD, train)
-    model = nnx.merge(*nnx.split(Net(nnx.Rngs(0))))
-    batch = make_batch()
-    model.bn.use_running_average, model.drop.deterministic = True, False
+    model, batch = Net(nnx.Rngs(0)), make_batch()
+    model.bn.use_running_average = True
+    graphdef, arrays = nnx.split(model)
+    arrays = nnx.to_pure_dict(arrays)
 
     def loss_fn(head):
-        model.head = head
-        return optax.softmax_cross_entropy_with_integer_labels(model(batch["image"]), batch["label"]).mean()
+        logits = nnx.merge(graphdef, {**arrays, "head": head}, copy=True)(batch["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    expected = optax.tree.norm(nnx.grad(loss_fn)(model.head))
+    expected = optax.tree.norm(jax.grad(loss_fn)(arrays["head"]))
     _, metrics = step_of(train)(state, fixed, batch)
     np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-5)
 
 
 def test_clipping_sees_only_what_moves():
-    train = TrainConfig(optimizer="sgd", momentum=0.0, learning_rate=1.0, weight_decay=0.0, clip_norm=1e-3,
-                        schedule="constant")
+    train = TrainConfig(
+        optimizer="sgd", momentum=0.0, learning_rate=1.0, weight_decay=0.0, clip_norm=1e-3, schedule="constant"
+    )
     state, fixed = start(HEAD, train)
     before = jax.tree.map(jnp.copy, state.params)
     state, _ = step_of(train)(state, fixed, make_batch())
@@ -300,7 +302,7 @@ def test_one_device_and_eight_give_the_same_losses(rules):
         np.testing.assert_allclose(losses, histories[0], rtol=2e-5)
 
 
-def test_the_state_keeps_its_placement_from_step_to_step():
+def test_the_state_keeps_its_placement_from_step_to_step(caplog):
     mesh = make_mesh(MeshConfig(fsdp=8))
     model = Net(nnx.Rngs(0), width=64)
     state, fixed = place_state(*start(ALL, model=model), mesh, MeshConfig(fsdp=8))
@@ -309,11 +311,13 @@ def test_the_state_keeps_its_placement_from_step_to_step():
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (64, 64)]
     assert moments
     assert not any(leaf.sharding.is_fully_replicated for leaf in moments)
-    compiled = step_of()._cache_size()
-    for index in range(3):
-        state, _ = step_of()(state, fixed, put_batch({k: np.asarray(v) for k, v in make_batch(seed=index).items()}, mesh))
-        assert state.params["layers/0/kernel"].sharding == kernel
-    assert step_of()._cache_size() == compiled + 1
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for index in range(3):
+            batch = {name: np.asarray(value) for name, value in make_batch(seed=index).items()}
+            state, _ = step_of()(state, fixed, put_batch(batch, mesh))
+            assert state.params["layers/0/kernel"].sharding.is_equivalent_to(kernel, 2)
+    compiled = [record for record in caplog.messages if record.startswith("Compiling jit(train_step)")]
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("leak", ["stop_gradient", "decay", "momentum"])
@@ -321,7 +325,10 @@ def test_freezing_by_the_optimizer_alone_would_leak_where_the_step_does_not(leak
     """Each of these is a published way to freeze that moves frozen leaves; the step's types do not allow it."""
     model = Net(nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    frozen_mask = lambda tree: jax.tree.map(lambda hit: not hit, Partition.of(model, HEAD).mask("head")(tree))
+
+    def frozen_mask(tree):
+        return jax.tree.map(lambda hit: not hit, Partition.of(model, HEAD).mask("head")(tree))
+
     zero = jax.tree.map(jnp.zeros_like, params)
     if leak == "stop_gradient":  # zero gradients, but decay moves every leaf
         tx, grads = optax.adamw(0.1, weight_decay=0.1), [zero]
