@@ -184,7 +184,7 @@ def _check_method(method: Method) -> None:
         for label in phase.train:
             if label not in labels:
                 raise InputError(
-                    f"{place} trains `{label}`, a label that no rule gives; nearest: {nearest(label, labels)}"
+                    f"{place} trains the label `{label}`, which no rule gives; nearest: {nearest(label, labels)}"
                 )
         for label, _ in phase.groups:
             if label not in phase.train:

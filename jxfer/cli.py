@@ -224,19 +224,28 @@ def _experiment(args: Arguments) -> "Experiment":
     from jxfer.typing import InputError
 
     experiment = overrides.override(overrides.load_experiment(args.operands[0]), args.settings)
-    names = args.options.get("methods") or args.options.get("method")
-    if names:
-        chosen = ablate.pick_methods(experiment, [name.strip() for name in names.split(",")])
-        experiment = dataclasses.replace(experiment, methods=chosen)
-    if not experiment.methods:
-        raise InputError(
-            f"experiment `{experiment.name}` has no methods; name some in the file or with `--methods A,B`"
-        )
+    experiment = _with_methods(experiment, args.options)
     checks.check(experiment)
+    if not experiment.methods:
+        raise InputError(f"experiment `{experiment.name}` has no methods; name some in its file or on the command line")
+
     from jxfer.session import prepare_jax
 
     prepare_jax()
     return experiment
+
+
+def _with_methods(experiment: "Experiment", options: Mapping[str, str]) -> "Experiment":
+    if "method" in options:
+        names = [options["method"]]
+    elif "methods" in options:
+        names = [name.strip() for name in options["methods"].split(",")]
+    else:
+        return experiment
+
+    from jxfer.ablate import pick_methods
+
+    return dataclasses.replace(experiment, methods=pick_methods(experiment, names))
 
 
 def _directory(args: Arguments, experiment: "Experiment") -> Path:

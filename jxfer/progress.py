@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TextIO
 
 BAR_SECS = 0.25
 """Seconds between updates of the bars; drawing them takes about 2 ms."""
@@ -29,8 +29,11 @@ class Status:
     secs_left: float | None = None
 
     def __str__(self) -> str:
-        runs = f"{self.runs_done}/{self.runs_total} runs, {self.left}: " if self.runs_total else ""
-        return f"{runs}{self.what}" + (f", {self.done}/{self.total}" if self.total else "")
+        part = f"{self.what}, {self.done}/{self.total}" if self.total else self.what
+        if not self.runs_total:
+            return part
+        runs = f"{self.runs_done}/{self.runs_total} runs"
+        return runs if self.runs_done == self.runs_total else f"{runs}, {self.left}: {part}"
 
     @property
     def left(self) -> str:
@@ -85,17 +88,17 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def progress(stream: TextIO) -> Iterator[Tracker]:
-    """Lends a tracker that shows its status on `stream`, as bars that vanish at the end where that is a terminal."""
-    if not stream.isatty():
-        yield Tracker(lambda status: print(status, file=stream, flush=True), every_secs=LINE_SECS, clock=time.monotonic)
+def progress() -> Iterator[Tracker]:
+    """Lends a tracker that shows its status on stderr, as bars that vanish at the end where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield Tracker(_print, every_secs=LINE_SECS, clock=time.monotonic)
         return
-    with _bars(stream) as show:
+    with _bars() as show:
         yield Tracker(show, every_secs=BAR_SECS, clock=time.monotonic)
 
 
 @contextlib.contextmanager
-def _bars(stream: TextIO) -> Iterator[Callable[[Status], None]]:
+def _bars() -> Iterator[Callable[[Status], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -106,7 +109,7 @@ def _bars(stream: TextIO) -> Iterator[Callable[[Status], None]]:
         TextColumn("{task.fields[left]}", markup=False),
     ]
     # No refresh thread: it would take time from the training even when nothing has changed.
-    with Progress(*columns, console=Console(file=stream), auto_refresh=False, transient=True) as bars:
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bars:
         runs, part = (bars.add_task(name, total=None, left="") for name in ("runs", "starting"))
 
         def show(status: Status) -> None:
@@ -115,3 +118,7 @@ def _bars(stream: TextIO) -> Iterator[Callable[[Status], None]]:
             bars.refresh()
 
         yield show
+
+
+def _print(status: Status) -> None:
+    print(status, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -32,7 +31,7 @@ def prepare_jax() -> None:
 @contextlib.contextmanager
 def open_session() -> Iterator[Session]:
     """Lends a session that shows progress on stderr and stops on SIGTERM and SIGINT."""
-    with stop_signals() as should_stop, progress(sys.stderr) as tracker:
+    with stop_signals() as should_stop, progress() as tracker:
         yield Session(progress=tracker, should_stop=should_stop)
 
 
