@@ -1,0 +1,70 @@
+"""The benchmark scripts run, and the counts in their tables hold; their times are for people to read."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a benchmark as Python runs it: with its own folder on the path."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_freezing_saves_flops_and_optimizer_state_where_masking_saves_neither(script, capsys):
+    partition = script("partition")
+    results = partition.main(["--quick"])["convnet"]
+    full, forward = results["full fine-tuning"], results[partition.FORWARD]
+    masked, frozen = results["differentiate everything, then mask"], results["jxfer, frozen backbone"]
+    last = results["jxfer, last stage + head"]
+    assert frozen.flops / forward.flops <= 1.02
+    assert frozen.flops < last.flops < masked.flops
+    assert masked.flops / forward.flops > 2.9
+    assert masked.optimizer_bytes == pytest.approx(full.optimizer_bytes, abs=64), "differ in counters alone"
+    assert frozen.optimizer_bytes < full.optimizer_bytes / 50
+    printed = capsys.readouterr().out
+    assert partition.machine().split(", load")[0] in printed
+    assert all(name in printed for name in results)
+
+
+def test_a_linear_probe_on_resnet50_keeps_moments_of_its_head_alone(script):
+    optimizer_bytes, head_bytes = script("partition").probe_bytes("resnet50", (224, 224, 3), num_classes=1000)
+    assert head_bytes == 4 * (2048 * 1000 + 1000)
+    assert 0 <= optimizer_bytes - 2 * head_bytes < 64, "beside AdamW's two moments only counters and settings"
+
+
+def test_the_three_loops_do_the_same_work(script, capsys):
+    overhead = script("overhead")
+    results = overhead.main(["--quick"])["convnet"]
+    by_hand = results[overhead.BY_HAND].step_flops
+    assert all(result.step_flops == pytest.approx(by_hand, rel=0.01) for result in results.values())
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
+
+
+def test_a_round_goes_once_through_all_calls_and_the_next_begins_one_later(script):
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = script("timing").interleave(calls, rounds=3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab", "once to compile, then the rounds"
+    assert {name: values.shape for name, values in seconds.items()} == dict.fromkeys("abc", (3,))
+
+
+def test_ratios_are_taken_within_rounds(script):
+    load = np.array([1.0, 5.0, 2.0, 9.0])
+    measured = script("timing").ratio(1.1 * load, load)
+    assert (measured.low, measured.median, measured.high) == pytest.approx((1.1, 1.1, 1.1))
