@@ -1,15 +1,36 @@
-"""draft"""
+"""How should one transfer from printed characters to handwritten digits, with 1 to 20 labelled examples per class?
+
+Source: 62 characters rendered from matplotlib's fonts at 8×8. Target: scikit-learn's handwritten digits.
+Claim: with one or two examples per class every transfer beats training from scratch; with twenty, none does clearly.
+
+    jxfer ablate experiments/glyphs_to_digits.py
+"""
+
 from jxfer import methods
 from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, SourceConfig, TrainConfig
 
 experiment = Experiment(
     name="glyphs_to_digits",
-    source=SourceConfig(data=DataConfig("tfds:jxfer_glyphs"), train=TrainConfig(num_steps=int(__import__("os").environ.get("SRC",1500)), batch_size=128, learning_rate=3e-3, eval_every=300, log_every=100, warmup_steps=100)),
+    source=SourceConfig(
+        data=DataConfig("tfds:jxfer_glyphs"),
+        train=TrainConfig(
+            num_steps=800, batch_size=128, learning_rate=3e-3, warmup_steps=50, eval_every=200, checkpoint_every=200
+        ),
+    ),
     target=DataConfig("tfds:jxfer_digits"),
-    model=ModelConfig("convnet"),
-    train=TrainConfig(num_steps=150, batch_size=64, eval_every=50),
+    model=ModelConfig("convnet_dropout"),
+    train=TrainConfig(num_steps=100, batch_size=64, eval_every=25),
     search=SearchConfig(learning_rate=(1e-3, 1e-2)),
-    methods=(methods.scratch, methods.zero_shot, methods.linear_probe, methods.feature_retraining, methods.fine_tuning, methods.fine_tuning_kept_head, methods.partial, methods.lp_ft),
+    methods=(
+        methods.scratch,
+        methods.zero_shot,
+        methods.linear_probe,
+        methods.feature_retraining,
+        methods.fine_tuning,
+        methods.fine_tuning_kept_head,
+        methods.partial,
+        methods.lp_ft,
+    ),
     shots=(1, 2, 5, 10, 20),
     seeds=5,
 )

@@ -125,11 +125,8 @@ def claim(experiment: Experiment, directory: Path) -> None:
     """
     record = directory / "experiment.json"
     settings = json.loads(json.dumps(config.to_dict(experiment)))
-    if record.exists():
-        if differences := _differences(json.loads(record.read_text()), settings):
-            raise InputError(
-                f"'{directory}' holds another experiment: {'; '.join(differences[:3])}; choose another --out"
-            )
+    if record.exists() and (differences := _differences(json.loads(record.read_text()), settings)):
+        raise InputError(f"'{directory}' holds another experiment: {'; '.join(differences[:3])}; choose another --out")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         config.save(experiment, record)

@@ -153,6 +153,8 @@ class Method:
     """How to transfer, as data: labels over paths, alterations, penalties, and what trains when."""
 
     name: str
+    summary: str = ""
+    """One line for `jxfer list methods`."""
     start: Literal["source", "scratch"] = "source"
     rules: tuple[tuple[str, str], ...] = (("head/**", "head"), ("**", "backbone"))
     """Pattern -> label; `{last}` stands for the last stage with parameters before the head."""
@@ -184,13 +186,15 @@ class Experiment:
 
 
 def to_dict(config: Any) -> Any:
-    """Returns `config` as JSON-ready dicts, lists and scalars; dataclasses outside this file carry their type's name."""
+    """Returns `config` as JSON-ready dicts, lists and scalars; others' dataclasses carry their type's name."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
         foreign = type(config).__module__ != __name__
         return {"type": type(config).__name__, **fields} if foreign else fields
     if isinstance(config, (tuple, list)):
         return [to_dict(value) for value in config]
+    if isinstance(config, dict):
+        return {name: to_dict(value) for name, value in config.items()}
     return config
 
 
@@ -203,7 +207,9 @@ def from_dict(cls: Any, values: Any) -> Any:
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         if unknown := sorted(set(values) - set(hints)):
-            raise InputError(f"{cls.__name__} has no field {unknown[0]!r}; its fields: {', '.join(hints)}")
+            raise InputError(
+                f"{getattr(cls, '__name__', cls)} has no field {unknown[0]!r}; its fields: {', '.join(hints)}"
+            )
         return typing.cast(Any, cls)(**{name: from_dict(hints[name], value) for name, value in values.items()})
     if typing.get_origin(cls) is tuple and values is not None:
         args = typing.get_args(cls)

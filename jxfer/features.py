@@ -1,26 +1,18 @@
 """Activations at the frozen boundary: what the frozen prefix of stages makes of each example, computed once."""
 
 import functools
-from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from jxfer.data import ArraySplit, Split, eval_batches
 from jxfer.models.stages import run_stages
-from jxfer.partition import Partition
 from jxfer.sharding import put_batch
 from jxfer.step import Fixed, Prepare, TrainState, merge_state
 from jxfer.typing import Batch
 
-FeatureStep = Callable[[TrainState, Fixed, Batch], jax.Array]
-
-
-def frozen_boundary(partition: Partition, stages: Sequence[str]) -> str | None:
-    """Returns the first stage with anything trainable or random; None where that is the first, or there is none."""
-    moving = {leaf.path.split("/")[0] for leaf in partition.leaves if leaf.moves}
-    first = next((stage for stage in stages if stage in moving), None)
-    return None if not stages or first == stages[0] else first
+FeatureStep = jax.stages.Wrapped
+"""Jitted `(state, fixed, batch) -> features`."""
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -120,7 +121,7 @@ class _Windows:
         self._on_window(Window(rows[-1][0], {**means, "grad_norm": sums["grad_norm"] / len(rows)}, count / elapsed))
 
 
-def check_finite(step: int, metrics: Metrics) -> None:
+def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
     """Raises NonFiniteError if a fetched metric is NaN or infinite."""
     for name in sorted(metrics, reverse=True):  # the loss before the gradient norm, which follows from it
         if not math.isfinite(value := float(metrics[name])):

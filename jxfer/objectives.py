@@ -33,7 +33,7 @@ class Classification:
 
     label_smoothing: float = 0.0
 
-    def losses(self, outputs: Float[Array, "B K"], batch: Batch) -> Float[Array, "B"]:
+    def losses(self, outputs: Float[Array, "B K"], batch: Batch) -> Float[Array, " B"]:
         """Returns the cross-entropy in nats against the labels, or against `label_probs` where mixing made some."""
         logits = outputs.astype(jnp.float32)
         probs = batch.get("label_probs")

@@ -7,7 +7,7 @@ has parameters: normalisation statistics move only where the whole layer trains,
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,7 +22,7 @@ from jxfer.typing import Arrays, InputError, Path, PyTree, Rules
 FROZEN = "frozen"
 
 Kind = Literal["parameter", "statistic", "random"]
-Keys = tuple[str | int, ...]
+Keys = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Partition:
     def assemble(self, graphdef: nnx.GraphDef, arrays: Mapping[Path, Any]) -> nnx.Module:
         """Returns the module with these arrays, compared by path and shape first because `nnx.merge` is positional."""
         paths.check_same(arrays, {leaf.path: leaf for leaf in self.leaves}, what="assemble")
-        return nnx.merge(graphdef, nnx.from_flat_state({leaf.keys: arrays[leaf.path] for leaf in self.leaves}))
+        return nnx.merge(graphdef, nnx.from_flat_state([(leaf.keys, arrays[leaf.path]) for leaf in self.leaves]))
 
     def train_graphdef(self, model: nnx.Module) -> nnx.GraphDef:
         """Returns the structure for training: frozen layers normalise by their statistics and drop nothing out."""
@@ -195,7 +195,7 @@ class Partition:
     def random_modules(self, graphdef: nnx.GraphDef) -> tuple[Path, ...]:
         """Returns the modules of frozen layers that are not in inference mode in `graphdef`: there should be none."""
         labels = self.labels
-        template = {leaf.keys: jax.ShapeDtypeStruct(leaf.shape, np.float32) for leaf in self.leaves}
+        template: list[Any] = [(leaf.keys, jax.ShapeDtypeStruct(leaf.shape, np.float32)) for leaf in self.leaves]
         module = nnx.merge(graphdef, nnx.from_flat_state(template))
         return tuple(
             "/".join(map(str, keys))
@@ -239,6 +239,13 @@ def eval_graphdef(model: nnx.Module) -> nnx.GraphDef:
     for _, module in nnx.iter_modules(view):
         _set_mode(module, True, True)
     return nnx.graphdef(view)
+
+
+def frozen_boundary(partition: Partition, stages: Sequence[str]) -> str | None:
+    """Returns the first stage with anything trainable or random; None where that is the first, or there is none."""
+    moving = {leaf.path.split("/")[0] for leaf in partition.leaves if leaf.moves}
+    first = next((stage for stage in stages if stage in moving), None)
+    return None if not stages or first == stages[0] else first
 
 
 def fingerprint(arrays: Mapping[Path, jax.Array]) -> dict[Path, str]:

@@ -15,9 +15,8 @@ from flax import nnx
 from jxfer import models, optim, paths
 from jxfer.config import DataConfig, Experiment, Method, ModelConfig, Phase, TrainConfig
 from jxfer.data import Dataset, Prepare, load_dataset
-from jxfer.features import frozen_boundary
 from jxfer.objectives import classification
-from jxfer.partition import FROZEN, Partition, arrays_of
+from jxfer.partition import FROZEN, Partition, arrays_of, frozen_boundary
 from jxfer.step import (
     EvalStep,
     Fixed,

@@ -72,7 +72,8 @@ class Job:
     @property
     def config_hash(self) -> str:
         """Changes with every setting that can change the result, and with nothing else."""
-        cell = dataclasses.replace(self.experiment, methods=(self.method,), shots=(self.shots,), seeds=1, wandb=False)
+        method = dataclasses.replace(self.method, summary="")
+        cell = dataclasses.replace(self.experiment, methods=(method,), shots=(self.shots,), seeds=1, wandb=False)
         return config.config_hash({"experiment": config.to_dict(cell), "seed": self.seed})
 
 

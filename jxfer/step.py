@@ -6,7 +6,7 @@ optimizer state, norms, clipping, averages and checkpoints see `state.params` al
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,8 +27,11 @@ Apply = Callable[[Any, Batch], jax.Array]
 Prepare = Callable[[jax.Array, Batch], Batch]
 """Augments and normalises a batch: `(key, batch) -> batch`."""
 
-TrainStep = Callable[["TrainState", "Fixed", Batch], tuple["TrainState", Metrics]]
-EvalStep = Callable[["TrainState", "Fixed", Batch], tuple[Metrics, jax.Array]]
+TrainStep = jax.stages.Wrapped
+"""Jitted `(state, fixed, batch) -> (state, metrics)`; `state` is donated."""
+
+EvalStep = jax.stages.Wrapped
+"""Jitted `(state, fixed, batch) -> (sums of metrics, outputs)`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,7 +210,7 @@ def _define(*code: Any) -> Definition:
     return Definition(*code)
 
 
-def _by_kind(arrays: Arrays, kinds: dict[str, str]) -> tuple[Arrays, Arrays]:
+def _by_kind(arrays: Arrays, kinds: Mapping[str, str]) -> tuple[Arrays, Arrays]:
     params = {path: value for path, value in arrays.items() if kinds[path] == "parameter"}
     return params, {path: value for path, value in arrays.items() if path not in params}
 

@@ -13,8 +13,11 @@ PyTree: TypeAlias = Any
 Path: TypeAlias = str
 """A parameter path such as `layer4/0/conv1/kernel`."""
 
-Arrays: TypeAlias = dict[Path, jax.Array]
-"""A flat dict of arrays by path: what parameters and statistics are between modules, on disk and in the step."""
+Arrays: TypeAlias = dict[Path, Any]
+"""A flat dict of arrays by path: what parameters and statistics are between modules, on disk and in the step.
+
+The values are arrays of jax, of NumPy where they come from disk, or `jax.ShapeDtypeStruct` where a plan is made.
+"""
 
 Rules: TypeAlias = Sequence[tuple[str, Any]]
 """Ordered `(pattern, value)` pairs over paths; the first match wins (`jxfer.paths`)."""

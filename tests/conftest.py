@@ -6,13 +6,9 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import warnings
 from pathlib import Path
 
 import pytest
-
-# flax's own annotations use typing generics that beartype calls deprecated.
-warnings.filterwarnings("ignore", message=".*PEP 585.*")
 
 from jaxtyping import install_import_hook
 

@@ -90,8 +90,8 @@ def _grey(image: Float[Array, "H W C"]) -> Float[Array, "H W 1"]:
     return (image @ jnp.array(LUMA))[..., None] if image.shape[-1] == 3 else image
 
 
-def _blend(anchor: Array, image: Array, factor: Array) -> Array:
-    return anchor + factor * (image - anchor)
+def _blend(other: Array, image: Array, weight: Array) -> Array:
+    return weight * image + (1 - weight) * other  # of `image` exactly, where the weight is 1
 
 
 def _mix(key: jax.Array, batch: Batch, config: AugmentConfig, *, num_classes: int) -> Batch:

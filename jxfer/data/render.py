@@ -113,7 +113,7 @@ def _distance_fields(paths: list[Path]) -> Fields:
     distance = np.stack([distance_transform_edt(b) - distance_transform_edt(~b) for b in bitmaps]).astype(np.float32)
     # In a stroke of constant width the mean distance to the edge is a quarter of the width.
     inside = np.maximum(distance, 0)
-    area = bitmaps.sum((1, 2))
+    area = bitmaps.sum((1, 2), dtype=np.float64)
     stroke = 4 * inside.sum((1, 2)) / area
     return Fields(distance, np.stack([_row_ends(bitmap) for bitmap in bitmaps]), stroke, area)
 

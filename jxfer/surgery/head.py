@@ -5,6 +5,7 @@ A model's head is its attribute `head`, an `nnx.Linear`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ class NewHead:
     """
 
     def __call__(
-        self, model: nnx.Module, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+        self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
     ) -> None:
         """Alters the model in place."""
         del source_classes
@@ -37,7 +38,7 @@ class MLPHead:
     hidden_dim: int = 128
 
     def __call__(
-        self, model: nnx.Module, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+        self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
     ) -> None:
         """Alters the model in place."""
         del source_classes
@@ -50,7 +51,7 @@ class KeepRows:
     """Keeps, of the source's head, the outputs for the target's classes, found by name."""
 
     def __call__(
-        self, model: nnx.Module, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+        self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
     ) -> None:
         """Alters the model in place.
 
@@ -65,7 +66,8 @@ class KeepRows:
         old = linear_head(model)
         head = _zero_linear(old.in_features, len(target_classes), old, rngs)
         head.kernel.set_value(jnp.take(old.kernel.get_value(), rows, axis=1))
-        head.bias.set_value(jnp.take(old.bias.get_value(), rows))
+        if head.bias is not None and old.bias is not None:
+            head.bias.set_value(jnp.take(old.bias.get_value(), rows))
         model.head = head
 
 
@@ -81,7 +83,7 @@ class MLP(nnx.Module):
         return self.out(nnx.relu(self.hidden(x)))
 
 
-def linear_head(model: nnx.Module) -> nnx.Linear:
+def linear_head(model: Any) -> nnx.Linear:
     """Returns the model's head.
 
     Raises:
@@ -95,4 +97,5 @@ def linear_head(model: nnx.Module) -> nnx.Linear:
 
 
 def _zero_linear(in_dim: int, out_dim: int, like: nnx.Linear, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(in_dim, out_dim, dtype=like.dtype, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+    zeros = nnx.initializers.zeros_init()
+    return nnx.Linear(in_dim, out_dim, use_bias=like.use_bias, dtype=like.dtype, kernel_init=zeros, rngs=rngs)
