@@ -76,15 +76,23 @@ def train(
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, fixed, batch)
         windows.add(step, metrics, full=step % log_every == 0)
-        for hook in hooks:
-            if step % hook.every == 0 or step == num_steps:
-                hook.call(step, state)
+        try:
+            _call_hooks(hooks, step, state, last=step == num_steps)
+        except NonFiniteError:
+            windows.flush()  # raises for the first such step, where what the hook found began
+            raise
         if should_stop() and step < num_steps:
             windows.flush()
             on_stop(step, state)
             raise InterruptedRun(f"stopped after step {step} of {num_steps}")
     windows.flush()
     return state
+
+
+def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, *, last: bool) -> None:
+    for hook in hooks:
+        if last or step % hook.every == 0:
+            hook.call(step, state)
 
 
 class _Windows:
