@@ -162,6 +162,8 @@ def _prepare_directory(
     """Writes what the report needs besides results, and returns the source model where a job starts from it."""
     picked = list({job.method.name: job.method for job in jobs}.values())
     needs_source = any(method.start == "source" for method in picked)
+    for shots in {job.shots for job in jobs}:  # too many shots are an error now, not after an hour of other runs
+        data.draw(load_data(experiment.target), experiment.target, shots, 0)
     task = task_of(experiment) if needs_source else _task_without_source(experiment)
     _write_json(directory / "classes.json", {"source": task.source_classes, "target": task.target_classes})
     _write_json(directory / "versions.json", versions(command))

@@ -7,7 +7,7 @@ import numpy as np
 
 from jxfer.data import ArraySplit, Split, eval_batches
 from jxfer.models.stages import run_stages
-from jxfer.sharding import put_batch
+from jxfer.sharding import num_batch_shards, pad_batch, put_batch
 from jxfer.step import Fixed, Prepare, TrainState, merge_state
 from jxfer.typing import Batch
 
@@ -39,7 +39,8 @@ def extract(
 ) -> ArraySplit:
     """Returns the split with `features` in place of its images, in the order of its examples."""
     rows = []
-    for batch in eval_batches(split, batch_size=batch_size):
+    for examples in eval_batches(split, batch_size=batch_size):
+        batch = pad_batch(examples, multiple=num_batch_shards(mesh))
         features = jax.device_get(feature_step(state, fixed, put_batch(batch, mesh)))
         rows.append(features[batch["mask"] > 0])
     return ArraySplit(ids=split.ids, labels=split.labels, arrays={"features": np.concatenate(rows)})

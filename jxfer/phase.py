@@ -22,7 +22,7 @@ from jxfer.partition import Audit, fingerprint
 from jxfer.plan import Cost, PlannedPhase, cost_of, flops_of, phase_steps, prepare_images, start_phase
 from jxfer.sharding import num_batch_shards, pad_batch, put_batch
 from jxfer.step import EvalStep, Fixed, TrainState, place_state
-from jxfer.typing import Arrays, AuditError, Batch
+from jxfer.typing import Arrays, AuditError, Batch, InputError
 
 EVAL_BATCH_SIZE = 256
 
@@ -46,7 +46,7 @@ class Context:
     seed: int
     num_classes: int
     directory: Path
-    """Where this variant keeps its checkpoints."""
+    """Of the run."""
     mesh: jax.sharding.Mesh
     session: Session
     log: LogRow
@@ -87,15 +87,16 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     before = fingerprint(_all_arrays(state, fixed))
     splits, feature_flops = _store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
-    cost = cost_of(train_step, state, fixed, next(_device_batches(context, splits.train, index, start=0)))
+    cost = cost_of(train_step, state, fixed, next(_device_batches(context, planned, splits.train, index, start=0)))
     checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    with _Keeper(context, planned, fixed, eval_step, splits.validation, context.directory / str(index)) as keeper:
+    folder = _checkpoint_folder(context.directory, context.variant, index)
+    with _Keeper(context, planned, fixed, eval_step, splits.validation, folder) as keeper:
         state = keeper.resume(state)
         state = train(
             train_step,
             state,
             fixed,
-            _device_batches(context, splits.train, index, start=int(state.step)),
+            _device_batches(context, planned, splits.train, index, start=int(state.step)),
             num_steps=planned.num_steps,
             log_every=experiment.train.log_every,
             on_window=functools.partial(_log_window, context, planned),
@@ -209,6 +210,19 @@ class _Keeper:
         self._context.session.progress(what, step, self._planned.num_steps)
 
 
+def newest_checkpoint(directory: Path, *, variant: str, index: int) -> int:
+    """Returns the step from which a phase will resume, 0 where nothing was saved."""
+    folder = _checkpoint_folder(directory, variant, index)
+    if not folder.exists():
+        return 0
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.latest() or 0
+
+
+def _checkpoint_folder(directory: Path, variant: str, index: int) -> Path:
+    return directory / "checkpoints" / variant / str(index)
+
+
 def rank(metrics: dict[str, float]) -> tuple[float, float]:
     """Returns what model selection maximises: accuracy, and at equal accuracy the lower loss."""
     return metrics["accuracy"], -metrics["loss"]
@@ -230,17 +244,33 @@ def _store_features(
         extract(feature_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh)
         for split in (splits.train, splits.validation)
     ]
-    batch = put_batch(next(data.eval_batches(splits.train, batch_size=EVAL_BATCH_SIZE)), context.mesh)
-    flops = flops_of(feature_step.lower(state, fixed, batch).compile())
+    batch = pad_batch(
+        next(data.eval_batches(splits.train, batch_size=EVAL_BATCH_SIZE)), multiple=num_batch_shards(context.mesh)
+    )
+    flops = flops_of(feature_step.lower(state, fixed, put_batch(batch, context.mesh)).compile())
     return Splits(*stored), flops * -(-len(splits.train) // EVAL_BATCH_SIZE)
 
 
-def _device_batches(context: Context, split: Split, index: int, *, start: int) -> Iterator[Batch]:
+def _device_batches(
+    context: Context, planned: PlannedPhase, split: Split, index: int, *, start: int
+) -> Iterator[Batch]:
     train_config = context.experiment.train
     multiple = num_batch_shards(context.mesh) * train_config.num_microbatches
+    _check_padding(train_config.batch_size, multiple, planned)
     seed = int.from_bytes(hashlib.blake2b(f"{context.seed}/{index}".encode(), digest_size=4).digest())
     for batch in data.batches(split, batch_size=train_config.batch_size, seed=seed, start=start):
         yield put_batch(pad_batch(batch, multiple=multiple), context.mesh)
+
+
+def _check_padding(batch_size: int, multiple: int, planned: PlannedPhase) -> None:
+    """Refuses to pad where padded rows would count: losses mask them, batch statistics cannot."""
+    moving = [leaf.path for leaf in planned.partition.leaves if leaf.kind == "statistic" and leaf.moves]
+    if batch_size % multiple and moving:
+        near = batch_size // multiple * multiple or multiple
+        raise InputError(
+            f"train.batch_size {batch_size} is no multiple of {multiple} (devices × microbatches): padded rows would "
+            f"enter the moving statistics such as `{moving[0]}`; use {near} or {near + multiple}"
+        )
 
 
 def _row(context: Context, planned: PlannedPhase, step: int, split: str) -> dict:

@@ -22,7 +22,7 @@ from jxfer.evaluate import evaluate
 from jxfer.loop import Session
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Partition, arrays_of
-from jxfer.phase import EVAL_BATCH_SIZE, Context, PhaseResult, Splits, rank, run_phase
+from jxfer.phase import EVAL_BATCH_SIZE, Context, PhaseResult, Splits, newest_checkpoint, rank, run_phase
 from jxfer.plan import Task, base_model, load_data, plan_phases, prepare_images, target_model
 from jxfer.sharding import make_mesh
 from jxfer.step import init_state, make_eval_step
@@ -178,7 +178,7 @@ def _train_variants(
     """Returns the variants that trained to their end and the names and errors of those that did not."""
     outcomes, failures, last_error = [], [], None
     splits = Splits(drawn.train, drawn.validation)
-    logs.rewind(directory, keep=lambda row: False)
+    logs.rewind(directory, keep=functools.partial(_will_not_be_written_again, directory, job.method))
     settings = config.to_dict(job.experiment)
     with logs.open_logs(directory, name=job.name, config=settings, wandb=job.experiment.wandb) as log:
         for variant, train_config in variants(job.experiment, job.method).items():
@@ -188,7 +188,7 @@ def _train_variants(
                 variant=variant,
                 seed=job.seed,
                 num_classes=len(task.target_classes),
-                directory=directory / "checkpoints" / variant,
+                directory=directory,
                 mesh=make_mesh(job.experiment.mesh),
                 session=session,
                 log=log,
@@ -217,6 +217,12 @@ def _train_variant(context: Context, task: Task, splits: Splits, source: Source 
         results[-1].validation_metrics if results else _test(context.experiment, task, model, splits.validation)[0]
     )
     return Outcome(context.variant, model, metrics, tuple(results))
+
+
+def _will_not_be_written_again(directory: Path, method: Method, row: logs.Row) -> bool:
+    names = [phase.name for phase in method.phases]
+    index = names.index(row["phase"])
+    return row["step"] <= newest_checkpoint(directory, variant=row["variant"], index=index)
 
 
 @functools.lru_cache(maxsize=16)
