@@ -158,7 +158,7 @@ def _identity(job: Job) -> dict[str, Any]:
     experiment = job.experiment
     return {
         "experiment": experiment.name,
-        "source": (experiment.source.weights or experiment.source.data.name) if job.method.start == "source" else None,
+        "source": experiment.source.weights or experiment.source.data.name,
         "target": experiment.target.name,
         "model": experiment.model.name,
         "method": job.method.name,
