@@ -101,7 +101,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
             log_every=experiment.train.log_every,
             on_window=functools.partial(_log_window, context, planned),
             hooks=keeper.hooks(),
-            on_stop=keeper.save,
+            on_stop=keeper.stop,
             should_stop=context.session.should_stop,
         )
     audit = planned.partition.audit(before, fingerprint(_all_arrays(state, fixed)), fixed.definition.train_graphdef)
@@ -186,17 +186,33 @@ class _Keeper:
         extra = {"best_step": self.best_step, "best_metrics": self.best_metrics}
         self._checkpoints.save(step, state, metrics=score, extra=extra)
 
+    def stop(self, step: int, state: TrainState) -> None:
+        """Saves the state, and before it the best one, which no checkpoint has where none were asked for."""
+        if self.best_step not in (0, step, *self._checkpoints.steps()):
+            with self._open_best() as best:
+                best.save(self.best_step, self.best_arrays)
+        self.save(step, state)
+
     def resume(self, state: TrainState) -> TrainState:
         """Returns the newest saved state, with the best so far remembered, or the given one where nothing is saved."""
         if not self._directory.exists() or (newest := self._checkpoints.latest()) is None:
             return state
         resumed, extra = self._checkpoints.restore(state, step=newest)
         if extra["best_step"]:
-            best, _ = self._checkpoints.restore(state, step=extra["best_step"])
             self.best_step, self.best_metrics = extra["best_step"], extra["best_metrics"]
-            self.best_arrays = self._worth_keeping(best)
+            self.best_arrays = self._restore_best(state)
         self._saved_step = newest
         return resumed
+
+    def _restore_best(self, state: TrainState) -> Arrays:
+        if self.best_step in self._checkpoints.steps():
+            return self._worth_keeping(self._checkpoints.restore(state, step=self.best_step)[0])
+        with self._open_best() as best:
+            return best.restore(self._worth_keeping(state), step=self.best_step)[0]
+
+    def _open_best(self) -> Checkpoints:
+        # Two, because until the state is on disk too, the newest state there goes with the best one before.
+        return Checkpoints(self._directory.with_name(f"{self._directory.name}-best"), keep_last=2, keep_best=False)
 
     def _worth_keeping(self, state: TrainState) -> Arrays:
         """Returns what later phases and the finished model take over; random keys start each phase anew."""
