@@ -2,7 +2,7 @@
 
     python benchmarks/partition.py [--rounds N] [--quick]
 
-About 3 minutes on 2 CPU cores. Every training step clips its gradients and reports their norm. In the ways with a
+About 7 minutes on 2 CPU cores that also do other work. Every training step clips its gradients and reports their norm. In the ways with a
 frozen backbone its norms use their stored statistics, in `mask` too, so that differentiation is all that differs.
 """
 
