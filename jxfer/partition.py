@@ -242,10 +242,13 @@ def eval_graphdef(model: nnx.Module) -> nnx.GraphDef:
 
 
 def frozen_boundary(partition: Partition, stages: Sequence[str]) -> str | None:
-    """Returns the first stage with anything trainable or random; None where that is the first, or there is none."""
+    """Returns the first stage with anything trainable or random; None where nothing before it could be stored.
+
+    That is where it is the model's first stage, where nothing moves, or where something outside all stages does.
+    """
     moving = {leaf.path.split("/")[0] for leaf in partition.leaves if leaf.moves}
     first = next((stage for stage in stages if stage in moving), None)
-    return None if not stages or first == stages[0] else first
+    return None if moving - set(stages) or first in stages[:1] else first
 
 
 def fingerprint(arrays: Mapping[Path, jax.Array]) -> dict[Path, str]:
