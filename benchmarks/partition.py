@@ -2,8 +2,9 @@
 
     python benchmarks/partition.py [--rounds N] [--quick]
 
-About 7 minutes on 2 CPU cores that also do other work. Every training step clips its gradients and reports their norm. In the ways with a
-frozen backbone its norms use their stored statistics, in `mask` too, so that differentiation is all that differs.
+About 7 minutes on 2 CPU cores that also do other work. Every training step clips its gradients and reports their norm.
+Frozen layers normalise by their stored statistics, also where everything is differentiated and then masked, so that
+differentiation is all that differs.
 """
 
 import argparse
