@@ -12,7 +12,7 @@ from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, Sour
 experiment = Experiment(
     name="glyphs_to_digits",
     source=SourceConfig(
-        data=DataConfig("tfds:jxfer_glyphs"),
+        data=DataConfig("tfds:jxfer_glyphs", validation_fraction=0.05),
         train=TrainConfig(
             num_steps=800, batch_size=128, learning_rate=3e-3, warmup_steps=50, eval_every=200, checkpoint_every=200
         ),

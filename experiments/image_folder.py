@@ -9,12 +9,12 @@ from jxfer.config import AugmentConfig, DataConfig, Experiment, ModelConfig, Sou
 experiment = Experiment(
     name="image_folder",
     source=SourceConfig(
-        data=DataConfig("tfds:jxfer_glyphs/32x32", channels=3),
-        train=TrainConfig(num_steps=600, learning_rate=3e-3, checkpoint_every=200),
+        data=DataConfig("tfds:jxfer_glyphs/32x32", channels=3, validation_fraction=0.05),
+        train=TrainConfig(num_steps=300, learning_rate=3e-3, checkpoint_every=100),
     ),
     target=DataConfig("folder:images", image_size=32, channels=3, augment=AugmentConfig(crop_padding=4, flip=True)),
     model=ModelConfig("resnet20"),
-    train=TrainConfig(num_steps=300, checkpoint_every=100),
+    train=TrainConfig(num_steps=150, checkpoint_every=50),
     methods=(methods.scratch, methods.feature_retraining, methods.fine_tuning),
     seeds=3,
 )

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jxfer import config, methods, models, objectives, optim, paths, typing
     from jxfer.partition import Partition
-    from jxfer.step import init_state, make_eval_step, make_train_step
+    from jxfer.sharding import make_mesh, put_batch
+    from jxfer.step import init_state, make_eval_step, make_train_step, merge_state, place_state
     from jxfer.typing import InputError
 
 __version__ = "0.1.0"
@@ -18,12 +19,16 @@ __all__ = [
     "config",
     "init_state",
     "make_eval_step",
+    "make_mesh",
     "make_train_step",
+    "merge_state",
     "methods",
     "models",
     "objectives",
     "optim",
     "paths",
+    "place_state",
+    "put_batch",
     "typing",
 ]
 
@@ -32,7 +37,11 @@ _HOME = {
     "Partition": "partition",
     "init_state": "step",
     "make_eval_step": "step",
+    "make_mesh": "sharding",
     "make_train_step": "step",
+    "merge_state": "step",
+    "place_state": "step",
+    "put_batch": "sharding",
 }
 """Public name -> the module that defines it; the other names of `__all__` are modules."""
 

@@ -160,7 +160,7 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
       InputError: the rules do not fit the model, or a phase trains a label that no parameter has.
     """
     stages = tuple(getattr(model, "stages", ()))
-    rules = [(pattern.replace("{last}", _last_stage(model, stages)), label) for pattern, label in method.rules]
+    rules = [(_resolve(pattern, model, stages), label) for pattern, label in method.rules]
     ends = [
         round(sum(phase.share for phase in method.phases[: i + 1]) * experiment.train.num_steps)
         for i in range(len(method.phases))
@@ -300,10 +300,15 @@ def _phase_partition(method: Method, phase: Phase, model: nnx.Module, rules: Seq
     return Partition.of(model, phase_rules, groups=groups)
 
 
-def _last_stage(model: nnx.Module, stages: Sequence[str]) -> str:
+def _resolve(pattern: str, model: nnx.Module, stages: Sequence[str]) -> str:
+    if "{last}" not in pattern:
+        return pattern
     parameters = {path.split("/")[0] for path in arrays_of(model)}
     before_head = [stage for stage in stages if stage in parameters and stage != "head"]
-    return before_head[-1] if before_head else "{last}"
+    if not before_head:
+        name = type(model).__name__
+        raise InputError(f"rule `{pattern}` needs a stage before the head; {name}.stages names none with parameters")
+    return pattern.replace("{last}", before_head[-1])
 
 
 def _feature_choice(experiment: Experiment, boundary: str | None) -> tuple[bool, str]:

@@ -74,7 +74,7 @@ def test_last_is_the_last_stage_with_parameters_before_the_head(name):
 
 
 def test_a_model_without_stages_has_no_last_one():
-    with pytest.raises(InputError, match=r"no parameter matches `\{last\}/\*\*`; nearest: `"):
+    with pytest.raises(InputError, match=r"rule `\{last\}/\*\*` needs a stage before the head; Net.stages names none"):
         plan_phases(EXPERIMENT, partial, Net(nnx.Rngs(0)))
 
 
