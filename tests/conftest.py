@@ -9,7 +9,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from pathlib import Path
 
 import pytest
-
 from jaxtyping import install_import_hook
 
 install_import_hook("jxfer", "beartype.beartype")
@@ -25,7 +24,6 @@ def real_data() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_caches(tmp_path_factory: pytest.TempPathFactory):
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps data prepared by tests out of the user's cache directory."""
     os.environ["JXFER_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    yield
