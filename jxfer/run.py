@@ -7,6 +7,8 @@ the variants, reads the test split once, and returns the row for `results.jsonl`
 import dataclasses
 import functools
 import itertools
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -104,11 +106,12 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
     dataset = load_data(job.experiment.target)
     drawn = data.draw(dataset, job.experiment.target, job.shots, job.seed)
     task = Task(source.classes if source else dataset.class_names, dataset.class_names, dataset.image_shape)
-    directory.mkdir(parents=True, exist_ok=True)
-    config.save(
-        {"experiment": job.experiment, "method": job.method, "shots": job.shots, "seed": job.seed, "task": task},
-        directory / "config.json",
-    )
+    hashes = {
+        "config_hash": job.config_hash,
+        "subset_hash": drawn.subset_hash,
+        "weights_hash": source.weights_hash if source else None,
+    }
+    _record(job, task, hashes, directory)
     try:
         outcomes, failures = _train_variants(job, task, drawn, directory, session, source)
         chosen = max(outcomes, key=lambda outcome: rank(outcome.validation_metrics))
@@ -123,9 +126,7 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
         **measured,
         "num_train": len(drawn.train),
         "seconds": time.perf_counter() - started,
-        "config_hash": job.config_hash,
-        "subset_hash": drawn.subset_hash,
-        "weights_hash": source.weights_hash if source else None,
+        **hashes,
     }
 
 
@@ -152,6 +153,16 @@ def load_source(directory: Path) -> Source:
         raise InputError(f"no finished run in '{directory}': it has no checkpoints/final; run it to its end first")
     arrays, metadata = checkpoint.load_arrays(final)
     return Source(arrays, tuple(metadata["classes"]), checkpoint.weights_hash(arrays))
+
+
+def _record(job: Job, task: Task, hashes: dict[str, str | None], directory: Path) -> None:
+    """Writes what the run is; what a run of this name on other settings, examples or weights left here goes first."""
+    path = directory / "config.json"
+    if path.exists() and json.loads(path.read_text()).get("hashes") != hashes:
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    cell = {"experiment": job.experiment, "method": job.method, "shots": job.shots, "seed": job.seed}
+    config.save({**cell, "task": task, "hashes": hashes}, path)
 
 
 def _identity(job: Job) -> dict[str, Any]:
