@@ -6,8 +6,10 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -27,3 +29,16 @@ def real_data() -> Path:
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps data prepared by tests out of the user's cache directory."""
     os.environ["JXFER_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(scope="module")
+def quick_compiles() -> Iterator[None]:
+    """Trades the speed of compiled programs for that of compiling them, here and in child processes.
+
+    For tests that make many programs and run each a few times; results keep their laws, only XLA's choices change.
+    """
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]

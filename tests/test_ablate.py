@@ -14,6 +14,8 @@ from jxfer.plan import load_data
 from jxfer.run import Job
 from jxfer.typing import InputError, InterruptedRun
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 GRID = (methods.zero_shot, methods.linear_probe)
 
 

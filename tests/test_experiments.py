@@ -11,6 +11,8 @@ from jxfer import ablate, report
 from jxfer.config import DataConfig, Experiment, SearchConfig, TrainConfig
 from jxfer.overrides import load_experiment
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))
 
 
@@ -21,7 +23,7 @@ def shrink(train: TrainConfig) -> TrainConfig:
 
 
 def shrunk(experiment: Experiment, folder: Path) -> Experiment:
-    """Returns the experiment with little to do; a folder of the user's own is one that is written here."""
+    """Returns the experiment with little to do and its first four methods (tests/test_run.py has them all); a folder of the user's own is one that is written here."""
     target = experiment.target
     if target.name.startswith("folder:"):
         target = dataclasses.replace(target, name=runs.write_folder(folder, runs.TARGET_CLASSES))
@@ -31,6 +33,7 @@ def shrunk(experiment: Experiment, folder: Path) -> Experiment:
         target=target,
         model=dataclasses.replace(experiment.model, name=f"tiny_{experiment.model.name}"),
         train=shrink(experiment.train),
+        methods=experiment.methods[:4],
         search=SearchConfig(*(values[:1] for values in dataclasses.astuple(experiment.search))),
         shots=experiment.shots[:1],
         seeds=1,

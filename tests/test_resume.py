@@ -21,6 +21,8 @@ from jxfer.loop import Session
 from jxfer.run import Job
 from jxfer.typing import InterruptedRun
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEPS = 12
 
 

@@ -18,6 +18,8 @@ from jxfer.run import Job
 from jxfer.surgery.head import NewHead
 from jxfer.typing import InputError
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TRAINS = {
     "scratch": ("",),
     "zero_shot": (),
