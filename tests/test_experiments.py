@@ -23,7 +23,10 @@ def shrink(train: TrainConfig) -> TrainConfig:
 
 
 def shrunk(experiment: Experiment, folder: Path) -> Experiment:
-    """Returns the experiment with little to do and its first four methods (tests/test_run.py has them all); a folder of the user's own is one that is written here."""
+    """Returns the experiment with little to do and its first four methods, as `test_run.py` has them all.
+
+    A folder of the user's own is one that is written here.
+    """
     target = experiment.target
     if target.name.startswith("folder:"):
         target = dataclasses.replace(target, name=runs.write_folder(folder, runs.TARGET_CLASSES))
