@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jxfer.checks import describe, near_choice
-from jxfer.config import Experiment
+from jxfer.config import Experiment, SearchConfig
 from jxfer.paths import nearest, unknown
 from jxfer.typing import InputError
 
@@ -72,11 +72,11 @@ def option_name(arg: str) -> str:
 def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
     """Returns the experiment with settings replaced by `--FIELD.PATH VALUE` arguments.
 
-    Commas separate the values of a field that has several, `none` is Python's None, and placement rules are written
-    `PATTERN=AXES` with spaces between them.
+    Commas separate the values of a field that has several, `none` is Python's None or, for a field that is empty by
+    default, no value at all; placement rules are written `PATTERN=AXES` with spaces between them.
 
     Raises:
-      InputError: a field is unknown or a value does not fit its type.
+      InputError: a field is unknown, a value does not fit its type, or a search takes the place of the setting.
     """
     others, options = split_options(args)
     if others:
@@ -85,7 +85,10 @@ def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
     for name in options:
         if name not in fields:
             raise unknown("option", f"--{name}", [f"--{field}" for field in fields])
-    return _parse(experiment, {name: _spell(value, fields[name]) for name, value in options.items()}, options)
+    words = {name: _words(name, value, fields[name]) for name, value in options.items()}
+    changed = _parse(experiment, words, options)
+    _check_effect(changed, options)
+    return changed
 
 
 def settings(cls: type = Experiment, prefix: str = "") -> dict[str, Any]:
@@ -119,8 +122,12 @@ def _claim(file: Path) -> str:
 
 
 def _default(name: str) -> str:
-    value = functools.reduce(getattr, name.split("."), Experiment(name="NAME"))
-    return "none" if value is None else str(value)
+    value = _value(Experiment(name="NAME"), name)
+    return "none" if value in (None, ()) else str(value)
+
+
+def _value(experiment: Experiment, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), experiment)
 
 
 def _find(name: str) -> Path:
@@ -142,6 +149,20 @@ def _line(error: Exception, file: Path) -> int | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _check_effect(experiment: Experiment, options: Mapping[str, str]) -> None:
+    for field in dataclasses.fields(SearchConfig):
+        train, tried = f"train.{field.name}", getattr(experiment.search, field.name)
+        if train in options and tried:
+            search = f"search.{field.name}"
+            values = ", ".join(f"{value:g}" for value in tried)
+            raise InputError(f"--{train} has no effect: {search} tries {values}; give --{search} {options[train]}")
+
+
+def _words(name: str, value: str, hint: Any) -> list[str]:
+    empty = value.lower() == "none" and _value(Experiment(name="NAME"), name) == ()
+    return [] if empty else _spell(value, hint)
 
 
 def _spell(value: str, hint: Any) -> list[str]:

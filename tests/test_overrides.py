@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from jxfer import methods, overrides
-from jxfer.config import Experiment, Method, TrainConfig
+from jxfer.config import Experiment, Method, SearchConfig, TrainConfig
 from jxfer.overrides import load_experiment, override, settings, split_options
 from jxfer.typing import InputError
 
@@ -81,6 +81,7 @@ def test_an_option_without_its_value_is_an_error(args):
         (["--seeds", "3"], "seeds", 3),
         (["--target.mean", ".1,.2,.3"], "target.mean", (0.1, 0.2, 0.3)),
         (["--search.learning_rate", "1e-3"], "search.learning_rate", (1e-3,)),
+        (["--search.learning_rate", "none"], "search.learning_rate", ()),
         (["--source.weights", "run:out/x/source"], "source.weights", "run:out/x/source"),
         (
             ["--mesh.trainable", "head/**=None,model **=fsdp"],
@@ -92,6 +93,24 @@ def test_an_option_without_its_value_is_an_error(args):
 def test_a_setting_is_overridden_and_the_rest_stays(args, path, value):
     changed = override(EXPERIMENT, args)
     assert changed == replaced(EXPERIMENT, path.split("."), value)
+
+
+SEARCH = dataclasses.replace(EXPERIMENT, search=SearchConfig(learning_rate=(1e-3, 1e-2)))
+
+
+def test_a_setting_that_the_search_replaces_says_what_to_give_instead():
+    message = (
+        "--train.learning_rate has no effect: search.learning_rate tries 0.001, 0.01; give --search.learning_rate 3e-4"
+    )
+    with pytest.raises(InputError, match=message):
+        override(SEARCH, ["--train.learning_rate", "3e-4"])
+    with pytest.raises(InputError, match=r"search.weight_decay tries 0.1; give --search.weight_decay 0"):
+        override(EXPERIMENT, ["--search.weight_decay", "0.1", "--train.weight_decay", "0"])
+
+
+def test_a_search_can_be_emptied_for_a_setting_of_the_training():
+    changed = override(SEARCH, ["--search.learning_rate", "none", "--train.learning_rate", "3e-4"])
+    assert (changed.search, changed.train.learning_rate) == (SearchConfig(), 3e-4)
 
 
 def test_no_override_changes_nothing():
