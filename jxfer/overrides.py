@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import sys
 import traceback
 import types
 import typing
@@ -26,11 +27,13 @@ def load_experiment(path: str | Path) -> Experiment:
       InputError: there is no such file, it fails (the message has the line), or defines no `experiment`.
     """
     file = _find(str(path))
-    module = types.ModuleType(file.stem)
+    module = types.ModuleType(f"_jxfer_experiment:{file.resolve()}")
     module.__file__ = str(file)
+    # Dataclasses look their module up there, to tell what an annotation kept as text means; so may anything later.
+    sys.modules[module.__name__] = module
     try:
         exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{file}:{_line(error, file)}: {type(error).__name__}: {_first_line(error)}") from error
     experiment = getattr(module, "experiment", None)
     if experiment is None:
@@ -139,7 +142,7 @@ def _find(name: str) -> Path:
     raise InputError(f"no experiment `{name}`; {near}")
 
 
-def _line(error: Exception, file: Path) -> int | None:
+def _line(error: BaseException, file: Path) -> int | None:
     """Returns the last line of the file that was running, or the line at which it is no Python."""
     if isinstance(error, SyntaxError) and error.filename == str(file):
         return error.lineno
@@ -147,7 +150,7 @@ def _line(error: Exception, file: Path) -> int | None:
     return lines[-1] if lines else 1
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 

@@ -34,6 +34,14 @@ def test_a_file_gives_its_experiment_by_path_or_by_name(tmp_path, monkeypatch):
         load_experiment("hre")
 
 
+def test_a_file_may_define_its_own_dataclass_with_annotations_kept_as_text(tmp_path):
+    file = tmp_path / "own.py"
+    own = "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Own:\n    rate: float = 0.5\n"
+    docstring, rest = FILE.split("\nfrom ")
+    file.write_text(f"{docstring}\nfrom __future__ import annotations\n{own}\nfrom {rest}surgery = Own()\n")
+    assert load_experiment(file) == Experiment(name="here")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -41,6 +49,7 @@ def test_a_file_gives_its_experiment_by_path_or_by_name(tmp_path, monkeypatch):
         ("import no_such_module", "bad.py:1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("def f():\n    return 1 / 0\n\nf()\n", "bad.py:2: ZeroDivisionError: division by zero"),
         ("from jxfer.config import *\n\nexperiment = Experiment()\n", "bad.py:3: TypeError: .*'name'"),
+        ("import sys\n\nsys.exit(3)\n", "bad.py:3: SystemExit: 3"),
         ("x = 1", "bad.py defines no `experiment`"),
         ("experiment = 'trial'", "`experiment` in .*bad.py is a str, not an Experiment"),
     ],
