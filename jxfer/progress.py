@@ -72,10 +72,10 @@ class Tracker:
             self._began = now
         else:
             self._working = True
+        if what != "runs":
+            self._status = dataclasses.replace(self._status, what=what, done=done, total=total)
         if now - self._shown >= self._every_secs:
             self._shown = now
-            if what != "runs":
-                self._status = dataclasses.replace(self._status, what=what, done=done, total=total)
             self._show(self._status)
 
     def _count_runs(self, now: float, done: int, total: int) -> None:

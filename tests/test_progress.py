@@ -27,6 +27,16 @@ def test_reports_between_two_looks_are_not_shown():
     assert [status.done for status in shown] == [0, 20, 40, 60, 80]
 
 
+def test_a_line_names_what_was_reported_last_and_not_what_was_shown_last():
+    track, clock, shown = tracker()
+    track("scratch · seed 0", 1, 8)
+    clock.now = 5.0
+    track("scratch · seed 1", 8, 8)
+    clock.now = 15.0
+    track("runs", 1, 10)
+    assert (shown[-1].what, shown[-1].done, shown[-1].runs_done) == ("scratch · seed 1", 8, 1)
+
+
 def test_the_time_left_counts_only_runs_that_were_run_here():
     track, clock, shown = tracker(every_secs=0.0)
     for done in range(6):
