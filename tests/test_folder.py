@@ -50,6 +50,9 @@ def test_sub_folders_are_classes(root):
         (("train", "validation", "test"), {"train", "validation", "test"}),
         (("train", "test"), {"train", "test"}),
         (("train",), {"train"}),
+        (("Train", "VAL", "Test"), {"train", "validation", "test"}),
+        (("training_set", "test_set"), {"train", "test"}),
+        (("training", "testing"), {"train", "test"}),
     ],
 )
 def test_split_folders_are_recognised(tmp_path, folders, splits):
@@ -58,7 +61,25 @@ def test_split_folders_are_recognised(tmp_path, folders, splits):
             add_image(tmp_path / folder / name / "x.png")
     dataset = load(tmp_path)
     assert set(dataset.splits) == splits
-    assert dataset.splits["train"].ids.tolist() == ["train/a/x.png", "train/b/x.png"]
+    assert dataset.splits["train"].ids.tolist() == [f"{folders[0]}/a/x.png", f"{folders[0]}/b/x.png"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("val", "test"), "/test' is named like a split, but there is no folder 'train'"),
+        (("train", "val", "valid"), "/val' and 'valid' are validation; keep one"),
+        (("train", "extra", "test"), "/extra' stands beside 'train' and is no split"),
+        (("data", "more"), "holds images directly, the first is 'data/a/x.png'; expected CLASS/IMAGE or train/CLASS"),
+    ],
+)
+def test_other_layouts_are_refused_in_one_line(tmp_path, folders, message):
+    for folder in folders:
+        for name in ("a", "b"):
+            add_image(tmp_path / folder / name / "x.png")
+    with pytest.raises(InputError, match=message) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_odd_names_are_fine_and_hidden_files_do_not_count(root):

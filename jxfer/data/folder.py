@@ -11,11 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from jxfer.config import DataConfig
-from jxfer.data.dataset import MEMORY_BYTES, SPLIT_NAMES, Dataset, LazySplit, Split, decode_all, usual_splits
+from jxfer.data.dataset import MEMORY_BYTES, Dataset, LazySplit, Split, decode_all, usual_splits
 from jxfer.data.images import ImageShape, decode, read_header
 from jxfer.typing import InputError
 
 log = logging.getLogger(__name__)
+
+SPLIT_FOLDERS = {
+    "train": ("train", "training", "training_set"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "test_set", "testing"),
+}
+"""Split -> what its folder may be called, in any case."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +43,14 @@ def load_folder(config: DataConfig) -> Dataset:
     A file that is no readable image is left out, logged as a warning and listed in `skipped`.
 
     Raises:
-      InputError: the folder is missing or empty, has one class, or its images differ in size and
-        `config.image_size` is not set.
+      InputError: the folder is missing or empty, is laid out differently, has one class, or its images differ in size
+        and `config.image_size` is not set.
     """
     root = Path(config.name.removeprefix("folder:")).expanduser().absolute()
     if not root.is_dir():
         raise InputError(f"no folder '{root}'; data.name is folder:PATH with a sub-folder of images for each class")
     files, unreadable = _scan(root)
+    _check_layout(root, files)
     class_names = _class_names(root, files)
     shape = _common_shape(root, files, config)
     height, width = (shape.size, shape.size) if shape.size else files[0].size
@@ -65,12 +73,9 @@ def load_folder(config: DataConfig) -> Dataset:
 
 def _scan(root: Path) -> tuple[list[File], list[str]]:
     """Returns the images of all class folders in order of their paths, and the names of files that are none."""
-    folders = {path.name: path for path in _visible(root) if path.is_dir() and path.name in SPLIT_NAMES}
-    if "train" not in folders:
-        folders = {"train": root}
     paths = [
         (split, class_folder.name, path)
-        for split, folder in folders.items()
+        for split, folder in _split_folders(root).items()
         for class_folder in _visible(folder)
         if class_folder.is_dir()
         for path in _files_below(class_folder)
@@ -85,6 +90,37 @@ def _scan(root: Path) -> tuple[list[File], list[str]]:
         else:
             files.append(File(split, class_name, name, header[:2], header[2]))
     return files, unreadable
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Returns the folder of each split that there is; without split folders all is for training."""
+    splits: dict[str, Path] = {}
+    strays = []
+    for folder in (path for path in _visible(root) if path.is_dir()):
+        split = next((split for split, names in SPLIT_FOLDERS.items() if folder.name.lower() in names), None)
+        if split is None:
+            strays.append(folder)
+        elif split in splits:
+            raise InputError(f"two folders for one split: '{splits[split]}' and '{folder.name}' are {split}; keep one")
+        else:
+            splits[split] = folder
+    if not splits:
+        return {"train": root}
+    if "train" not in splits:
+        held_out = next(iter(splits.values()))
+        raise InputError(f"'{held_out}' is named like a split, but there is no folder 'train' beside it; rename one")
+    if strays:
+        raise InputError(f"'{strays[0]}' stands beside '{splits['train'].name}' and is no split; move it away")
+    return splits
+
+
+def _check_layout(root: Path, files: list[File]) -> None:
+    """Refuses what looks like classes one level too deep: no top-level folder holds an image directly."""
+    if files and all(file.name.count("/") > 1 for file in files) and _split_folders(root) == {"train": root}:
+        raise InputError(
+            f"no folder in '{root}' holds images directly, the first is '{files[0].name}';"
+            " expected CLASS/IMAGE or train/CLASS/IMAGE: give the folder that holds the class or split folders"
+        )
 
 
 def _visible(folder: Path) -> list[Path]:
