@@ -4,7 +4,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
 from jxfer.config import (
@@ -77,7 +77,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
     },
     ModelConfig: {},
     SearchConfig: {"learning_rate": _POSITIVE, "weight_decay": _NOT_NEGATIVE},
-    Group: {"learning_rate_scale": _POSITIVE, "weight_decay_scale": _NOT_NEGATIVE},
+    Group: {"learning_rate_scale": _NOT_NEGATIVE, "weight_decay_scale": _NOT_NEGATIVE},
     Phase: {"share": _SHARE},
     Method: {"name": _FOLDER},
     Experiment: {"name": _FOLDER, "shots": _AT_LEAST_1, "seeds": _AT_LEAST_1},
@@ -101,6 +101,7 @@ def check(experiment: Experiment) -> None:
     _check_distinct("methods", [method.name for method in experiment.methods])
     for method in experiment.methods:
         _check_method(method)
+        _check_steps(method, experiment.train)
 
 
 def describe(hint: Any) -> str:
@@ -128,9 +129,7 @@ def _check_fields(place: str, config: Any) -> None:
         value, field = getattr(config, name), f"{place}{name}"
         if not _conforms(value, hint):
             raise InputError(f"{field} is {value!r}; it takes {describe(hint)}{near_choice(value, hint)}")
-        items = (
-            [(f"{field}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, tuple) else [(field, value)]
-        )
+        items = list(_items(field, value))
         need, test = _RANGES[type(config)].get(name, _FINITE)
         for _, item in items:
             if item is not None and not (_FINITE[1](item) and test(item)):
@@ -138,6 +137,15 @@ def _check_fields(place: str, config: Any) -> None:
         for item_field, item in items:
             if type(item) in _RANGES:
                 _check_fields(f"{item_field}.", item)
+
+
+def _items(field: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the value, or what a tuple and the tuples inside it hold, with the place of each."""
+    if not isinstance(value, tuple):
+        yield field, value
+        return
+    for i, item in enumerate(value):
+        yield from _items(f"{field}[{i}]", item)
 
 
 def _conforms(value: Any, hint: Any) -> bool:
@@ -179,8 +187,11 @@ def _check_distinct(place: str, values: Iterable[Any]) -> None:
 
 def _check_method(method: Method) -> None:
     labels = list(dict.fromkeys(label for _, label in method.rules))
+    _check_distinct(f"method `{method.name}`: phases", [phase.name for phase in method.phases])
     for phase in method.phases:
         place = f"method `{method.name}`, phase `{phase.name}`"
+        if not phase.train:
+            raise InputError(f"{place} trains nothing; give it labels in `train`: {', '.join(labels)}")
         for label in phase.train:
             if label not in labels:
                 raise InputError(
@@ -192,3 +203,16 @@ def _check_method(method: Method) -> None:
     total = math.fsum(phase.share for phase in method.phases)
     if method.phases and not math.isclose(total, 1.0, abs_tol=1e-6):
         raise InputError(f"method `{method.name}`: the shares of its phases add up to {total:g}; make it 1")
+
+
+def _check_steps(method: Method, train: TrainConfig) -> None:
+    shares = [phase.share for phase in method.phases]
+    ends = [round(sum(shares[: i + 1]) * train.num_steps) for i in range(len(shares))]
+    for phase, start, end in zip(method.phases, [0, *ends], ends, strict=False):
+        steps = f"method `{method.name}`, phase `{phase.name}` gets {end - start} of {train.num_steps} steps"
+        if end <= start:
+            raise InputError(f"{steps}; raise its share of {phase.share:g}, or train.num_steps")
+        if train.warmup_steps >= end - start:
+            raise InputError(
+                f"{steps} and train.warmup_steps is {train.warmup_steps}; lower that, or raise train.num_steps"
+            )

@@ -36,6 +36,13 @@ def forced(config, **values):
     return changed
 
 
+HALF = Phase("p", ("head",), share=0.5)
+
+
+def test_a_group_may_stand_still():
+    check(with_phases(Phase("p", ("head",), groups=(("head", Group(0.0, 0.0)),))))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_passes(name):
     check(trial(methods=(METHODS[name],)))
@@ -79,6 +86,28 @@ def test_every_method_passes(name):
         (with_phases(Phase("p", ("head",), share=0.5)), "shares of its phases add up to 0.5; make it 1"),
         (with_phases(Phase("p", ("head",), share=0.0)), r"methods\[0\].phases\[0\].share is 0.0"),
         (with_phases(Phase("p", ("head",), groups=(("backbone", Group(0.1)),))), "has a group for `backbone`"),
+        (
+            with_phases(Phase("p", ("head",), groups=(("head", Group(-0.1)),))),
+            r"methods\[0\].phases\[0\].groups\[0\]\[1\].learning_rate_scale is -0.1; it must be 0 or more",
+        ),
+        (
+            with_phases(Phase("p", ("head",), groups=(("head", Group(weight_decay_scale=-1.0)),))),
+            r"groups\[0\]\[1\].weight_decay_scale is -1.0",
+        ),
+        (
+            with_phases(Phase("p", ("head",), groups=(("head", forced(Group(), learning_rate_scale="1")),))),
+            r"groups\[0\]\[1\].learning_rate_scale is '1'; it takes a number",
+        ),
+        (with_phases(HALF, HALF), "method `m`: phases has 'p' more than once"),
+        (with_phases(Phase("p", ())), "method `m`, phase `p` trains nothing; .* `train`: head, backbone"),
+        (
+            trial(train=TrainConfig(num_steps=1), methods=(methods.lp_ft,)),
+            "method `lp_ft`, phase `probe` gets 0 of 1 steps; raise its share of 0.5, or train.num_steps",
+        ),
+        (
+            trial(train=TrainConfig(num_steps=10, warmup_steps=5), methods=(methods.lp_ft,)),
+            "method `lp_ft`, phase `probe` gets 5 of 10 steps and train.warmup_steps is 5; lower that",
+        ),
     ],
 )
 def test_an_impossible_setting_is_one_line_with_its_place(experiment, message):
