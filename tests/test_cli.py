@@ -149,6 +149,22 @@ def test_failed_runs_are_listed_and_give_status_3(calls, monkeypatch, capsys):
     assert err == "jxfer: 1 of 2 runs failed:\n  lp_ft · 1 shots · seed 0: loss is nan at step 3\n"
 
 
+def test_an_ablation_of_which_all_runs_failed_still_has_its_report(trial, monkeypatch, capsys):
+    rows = [row(name, status="failed", error="loss is nan at step 3") for name in ("scratch", "lp_ft")]
+
+    def fail(experiment, directory, session, *, command):
+        directory.mkdir(parents=True)
+        (directory / "results.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+        return rows
+
+    monkeypatch.setattr(ablate, "ablate", fail)
+    assert main(["ablate", "trial.py"]) == 3
+    out, err = capsys.readouterr()
+    assert out.endswith("open out/trial/report.html\n")
+    assert "No run finished: 2 of 2 failed." in (trial / "out" / "trial" / "report.md").read_text()
+    assert err.startswith("jxfer: 2 of 2 runs failed:\n  scratch · 1 shots · seed 0: loss is nan at step 3\n")
+
+
 def test_the_options_of_run_reach_it(trial, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(ablate, "run_one", lambda *args, **kwargs: seen.append(args) or row())
