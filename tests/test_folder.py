@@ -118,6 +118,29 @@ def test_unreadable_files_are_named_and_counted(root, caplog):
     assert len(dataset.splits["train"]) == 8
 
 
+@pytest.mark.parametrize("kept_bytes", [0, -60])
+@pytest.mark.parametrize("folder", ["", "train", "test"])
+def test_a_class_of_which_nothing_can_be_read_is_named_with_a_file(tmp_path, folder, kept_bytes):
+    for name in ("train/a", "train/b", "test/a", "test/b") if folder else ("a", "b"):
+        add_image(tmp_path / name / "0.png", size=(60, 50))
+    bad = tmp_path / folder / "b" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:kept_bytes])
+    with pytest.raises(
+        InputError, match=r"no image is left in '.*/b': files that could not be read: 1, one is '.*b/0.png'"
+    ):
+        load(tmp_path)
+
+
+def test_a_data_set_of_cut_images_only_is_refused(root):
+    for path in root.glob("*/*.png"):
+        add_image(path, size=(60, 50))
+        path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(
+        InputError, match=r"no image is left in '.*/ants': files that could not be read: 4, one is 'ants/0.png'"
+    ):
+        load(root)
+
+
 def test_what_does_not_fit_in_memory_is_read_on_demand_and_damage_is_named(root, monkeypatch):
     monkeypatch.setattr("jxfer.data.folder.MEMORY_BYTES", 0)
     split = load(root).splits["train"]

@@ -93,3 +93,25 @@ def test_more_shots_than_a_class_has_names_the_class_and_its_count():
 def test_a_fraction_outside_0_and_1_is_refused(fraction):
     with pytest.raises(InputError, match="between 0 and 1"):
         draw(make_dataset([9, 9]), DataConfig(test_fraction=fraction), shots=1, seed=0)
+
+
+@pytest.mark.parametrize("shots", [1, None])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_class_that_is_too_small_to_split_is_named_with_what_it_needs(count, shots):
+    with pytest.raises(
+        InputError, match=rf"'class1' has too few examples \({count}\), none is left for \w+; it needs at least 3"
+    ):
+        draw(make_dataset([9, count]), CONFIG, shots=shots, seed=0)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 0.99])
+def test_three_examples_of_a_class_are_enough_for_any_fraction(fraction):
+    config = DataConfig(test_fraction=fraction, validation_fraction=fraction)
+    drawn = draw(make_dataset([3, 3]), config, shots=None, seed=0)
+    assert all(np.bincount(split.labels).tolist() == [1, 1] for split in (drawn.train, drawn.validation, drawn.test))
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_a_split_of_the_data_set_that_lacks_a_class_is_named(name):
+    with pytest.raises(InputError, match=f"class 'class1' has no example in the {name} split of data set 'toy'"):
+        draw(make_dataset([9, 9], **{name: make_split([3, 0], name)}), CONFIG, shots=1, seed=0)

@@ -43,13 +43,14 @@ def load_folder(config: DataConfig) -> Dataset:
     A file that is no readable image is left out, logged as a warning and listed in `skipped`.
 
     Raises:
-      InputError: the folder is missing or empty, is laid out differently, has one class, or its images differ in size
-        and `config.image_size` is not set.
+      InputError: the folder is missing, empty or laid out differently, has one class or a class without a readable
+        image, or its images differ in size and `config.image_size` is not set.
     """
     root = Path(config.name.removeprefix("folder:")).expanduser().absolute()
     if not root.is_dir():
         raise InputError(f"no folder '{root}'; data.name is folder:PATH with a sub-folder of images for each class")
     files, unreadable = _scan(root)
+    _check_left(root, {file.name for file in files}, unreadable)
     _check_layout(root, files)
     class_names = _class_names(root, files)
     shape = _common_shape(root, files, config)
@@ -62,9 +63,9 @@ def load_folder(config: DataConfig) -> Dataset:
     }
     splits: dict[str, Split] = dict(opened)
     if len(files) * math.prod(image_shape) <= MEMORY_BYTES:
-        for name, split in opened.items():
-            splits[name], damaged = decode_all(split)
-            unreadable += [str(split.ids[index]) for index in damaged]
+        splits, damaged = _decode_splits(opened)
+        unreadable += damaged
+        _check_left(root, {str(name) for split in splits.values() for name in split.ids}, unreadable)
     if unreadable:
         log.warning("%d files in '%s' are no readable images: %s", len(unreadable), root, ", ".join(unreadable))
     splits = usual_splits(splits, name=config.name)
@@ -123,6 +124,23 @@ def _check_layout(root: Path, files: list[File]) -> None:
         )
 
 
+def _check_left(root: Path, good: set[str], unreadable: list[str]) -> None:
+    """Refuses a class folder that has files of which none is a readable image."""
+    depth = 1 if _split_folders(root) == {"train": root} else 2
+
+    def class_folder(name: str) -> str:
+        return "/".join(name.split("/")[:depth])
+
+    empty = {class_folder(name) for name in unreadable} - {class_folder(name) for name in good}
+    if empty:
+        folder = min(empty)
+        bad = [name for name in unreadable if class_folder(name) == folder]
+        raise InputError(
+            f"no image is left in '{root / folder}': files that could not be read: {len(bad)}, one is '{bad[0]}';"
+            " mend or replace them, or remove the folder"
+        )
+
+
 def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -165,6 +183,16 @@ def _open_split(root: Path, files: list[File], class_names: tuple[str, ...], sha
     ids = np.array([file.name for file in files])
     labels = np.array([class_names.index(file.class_name) for file in files], np.int32)
     return LazySplit(ids, labels, lambda index: decode(root / files[index].name, shape))
+
+
+def _decode_splits(opened: dict[str, LazySplit]) -> tuple[dict[str, Split], list[str]]:
+    """Reads all splits into memory; returns them without the damaged images, and the names of these."""
+    splits: dict[str, Split] = {}
+    damaged = []
+    for name, split in opened.items():
+        splits[name], bad = decode_all(split)
+        damaged += [str(split.ids[index]) for index in bad]
+    return splits, damaged
 
 
 def _version(root: Path, files: list[File]) -> str:

@@ -37,14 +37,16 @@ def draw(dataset: Dataset, config: DataConfig, shots: int | None, seed: int) -> 
       seed: of validation and training.
 
     Raises:
-      InputError: a class has fewer examples than needed.
+      InputError: a class has fewer examples than needed, or none in one of the splits.
     """
     pool: Split = dataset.splits["train"]
     test, validation = dataset.splits.get("test"), dataset.splits.get("validation")
     if test is None:
-        test, pool = _split_off(pool, config.test_fraction, (TEST_SEED, TEST_STREAM))
+        keep = 2 if validation is None else 1
+        test, pool = _split_off(pool, config.test_fraction, (TEST_SEED, TEST_STREAM), keep=keep)
     if validation is None:
-        validation, pool = _split_off(pool, config.validation_fraction, (seed, VALIDATION_STREAM))
+        validation, pool = _split_off(pool, config.validation_fraction, (seed, VALIDATION_STREAM), keep=1)
+    _check_every_class(dataset, {"test": test, "validation": validation, "training": pool})
     order = _per_class(pool.labels, len(dataset.class_names), (seed, TRAIN_STREAM))
     chosen = [_first(indices, shots, name) for indices, name in zip(order, dataset.class_names, strict=True)]
     train = Subset(pool, np.sort(np.concatenate(chosen)))
@@ -59,15 +61,31 @@ def subset_hash(dataset: Dataset, *splits: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def _split_off(pool: Split, fraction: float, seed: tuple[int, int]) -> tuple[Subset, Subset]:
-    """Takes `fraction` of each class: at least one example of it, and at least one is left; both keep the order."""
+def _split_off(pool: Split, fraction: float, seed: tuple[int, int], *, keep: int) -> tuple[Subset, Subset]:
+    """Takes `fraction` of each class: at least one example if `keep` are left then; both parts keep the order."""
     if not 0 < fraction < 1:
         raise InputError(f"data.test_fraction and data.validation_fraction lie between 0 and 1, not {fraction}")
     mask = np.zeros(len(pool), bool)
-    for indices in _per_class(pool.labels, int(pool.labels.max()) + 1, seed):
-        num = min(max(round(fraction * len(indices)), 1), max(len(indices) - 1, 0))
+    for indices in _per_class(pool.labels, int(pool.labels.max(initial=-1)) + 1, seed):
+        num = min(max(round(fraction * len(indices)), 1), max(len(indices) - keep, 0))
         mask[indices[:num]] = True
     return Subset(pool, np.flatnonzero(mask)), Subset(pool, np.flatnonzero(~mask))
+
+
+def _check_every_class(dataset: Dataset, drawn: dict[str, Split]) -> None:
+    """Raises InputError where a split, by what it is for, has no example of a class."""
+    needed = 1 + sum(name not in dataset.splits for name in ("test", "validation"))
+    for purpose, split in drawn.items():
+        for label, name in enumerate(dataset.class_names):
+            if (split.labels == label).any():
+                continue
+            if purpose in dataset.splits:
+                raise InputError(f"class {name!r} has no example in the {purpose} split of data set '{dataset.name}'")
+            count = int((dataset.splits["train"].labels == label).sum())
+            raise InputError(
+                f"class {name!r} has too few examples ({count}), none is left for {purpose};"
+                f" it needs at least {needed}: add some or leave the class out"
+            )
 
 
 def _per_class(labels: np.ndarray, num_classes: int, seed: tuple[int, int]) -> list[np.ndarray]:
