@@ -92,7 +92,7 @@ def _wandb(name: str, config: Any, stack: contextlib.ExitStack) -> LogRow:
     try:
         import wandb
     except ImportError as error:
-        raise InputError("wandb=True needs Weights & Biases: pip install 'jxfer[wandb]'") from error
+        raise InputError("wandb=True needs Weights & Biases: pip install wandb") from error
     session = wandb.init(project="jxfer", name=name, config=config, reinit="finish_previous")
     stack.callback(session.finish)
 

@@ -99,9 +99,13 @@ def test_images_are_resized_and_coloured_on_reading():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tfds:cifar10", r"'cifar10' is not prepared.*jxfer\[prepare\].*array_record.*TFDS_DATA_DIR"),
+        (
+            "tfds:cifar10",
+            r"'cifar10' is not prepared.*pip install tensorflow tensorflow-datasets array_record.*TFDS_DATA_DIR",
+        ),
         ("tfds:jxfer_digits:9.9.9", "no version 9.9.9; this jxfer makes 1.0.0"),
         ("tfds:jxfer_glyphs/9x9", "no config '9x9'; its configs: 8x8, 32x32"),
+        ("tfds:jxfer_digit", "unknown data set `jxfer_digit`; nearest: `jxfer_digits`"),
         ("tfds:/no/such/folder", "no prepared data set at '/no/such/folder'"),
         ("mnist", "unknown data set 'mnist'; choose one of: tfds:jxfer_digits"),
     ],
@@ -138,6 +142,32 @@ def test_a_damaged_set_is_one_line_naming_the_folder(digits_folder, damage):
     with pytest.raises(InputError, match=r"mine/1.0.0' is damaged.*prepare it again") as caught:
         load_dataset(DataConfig(name=f"tfds:{digits_folder}"))
     assert "\n" not in str(caught.value)
+
+
+def test_of_a_damaged_set_of_our_own_the_folder_to_delete_is_named(digits, tmp_path, monkeypatch):
+    folder = tmp_path / "tfds" / "jxfer_digits" / "1.0.0"
+    shutil.copytree(cache_dir() / "tfds" / "jxfer_digits" / "1.0.0", folder)
+    _truncate(folder)
+    monkeypatch.setenv("JXFER_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=rf"is damaged .*; delete '{folder}' and it is prepared again"):
+        load_dataset(DataConfig())
+    shutil.rmtree(folder)
+    assert len(load_dataset(DataConfig()).splits["train"]) == 1797
+
+
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_a_damaged_image_is_named(digits_folder, monkeypatch, num_good):
+    calls = []
+
+    def decode_the_first_only(file, shape):
+        calls.append(file)
+        if len(calls) > num_good:
+            raise OSError("cut off")
+        return np.zeros((8, 8, 1), np.uint8)
+
+    monkeypatch.setattr("jxfer.data.records.decode", decode_the_first_only)
+    with pytest.raises(InputError, match=r"mine/1.0.0' is damaged \(the image of example train/0000000 cannot be read"):
+        load_dataset(DataConfig(name=f"tfds:{digits_folder}"))
 
 
 def test_a_format_that_needs_tensorflow_is_refused_with_the_conversion(digits_folder):

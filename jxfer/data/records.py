@@ -1,5 +1,6 @@
 """Data sets in the format of TensorFlow Datasets, read without TensorFlow."""
 
+import difflib
 import io
 import math
 import os
@@ -13,6 +14,7 @@ from jxfer.config import DataConfig
 from jxfer.data import prepare
 from jxfer.data.dataset import MEMORY_BYTES, Dataset, LazySplit, Split, decode_all, usual_splits
 from jxfer.data.images import ImageShape, decode
+from jxfer.paths import unknown
 from jxfer.typing import InputError
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[^/:]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -34,13 +36,13 @@ def load_records(config: DataConfig) -> Dataset:
     shape = _image_shape(builder, image_key, config)
     opened = {name: _open_split(builder, name, image_key, label_key, shape) for name in builder.info.splits}
     splits = usual_splits({name: split for name, split in opened.items() if _labelled(split)}, name=config.name)
-    image_shape = splits["train"].image_at(0).shape
+    image_shape = _first_image(splits["train"], directory).shape
     fits = sum(map(len, splits.values())) * math.prod(image_shape) <= MEMORY_BYTES
     return Dataset(
         name=builder.info.full_name.rsplit("/", 1)[0],
         version=str(builder.version),
         class_names=tuple(builder.info.features[label_key].names),
-        splits={name: _load(split) for name, split in splits.items()} if fits else splits,
+        splits={name: _load(split, directory) for name, split in splits.items()} if fits else splits,
         image_shape=image_shape,
     )
 
@@ -58,6 +60,8 @@ def _find(name: str) -> Path:
     for root in _data_dirs():
         if found := _newest(root / match["name"] / (match["config"] or ""), match["version"]):
             return found
+    if difflib.get_close_matches(match["name"], prepare.OWN, cutoff=0.7):
+        raise unknown("data set", match["name"], prepare.OWN)
     raise InputError(_how_to_prepare(name))
 
 
@@ -83,7 +87,8 @@ def _how_to_prepare(name: str) -> str:
     looked = ", ".join(f"'{root}'" for root in _data_dirs())
     return (
         f"data set '{name}' is not prepared (looked in {looked}; jxfer's own: {', '.join(prepare.OWN)}). On a machine"
-        " with internet: pip install 'jxfer[prepare]' && python -c \"import tensorflow_datasets as tfds;"
+        " with internet: pip install tensorflow tensorflow-datasets array_record importlib_resources && python -c"
+        ' "import tensorflow_datasets as tfds;'
         f" tfds.builder('{name}', file_format='array_record').download_and_prepare()\"; then copy"
         " ~/tensorflow_datasets here, or set TFDS_DATA_DIR to where it is"
     )
@@ -99,7 +104,17 @@ def _builder(directory: Path) -> Any:
 
 
 def _damaged(directory: Path, error: Exception) -> InputError:
-    return InputError(f"data set in '{directory}' is damaged ({str(error).splitlines()[0]}); prepare it again")
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return InputError(f"data set in '{directory}' is damaged ({reason}); {_remedy(directory)}")
+
+
+def _damaged_image(split: LazySplit, index: int, directory: Path) -> InputError:
+    return _damaged(directory, OSError(f"the image of example {split.ids[index]} cannot be read"))
+
+
+def _remedy(directory: Path) -> str:
+    own = any(directory.is_relative_to(prepare.cache_dir() / "tfds" / name) for name in prepare.OWN)
+    return f"delete '{directory}' and it is prepared again" if own else "prepare it again"
 
 
 def _check_format(builder: Any, directory: Path) -> None:
@@ -159,8 +174,15 @@ def _labelled(split: LazySplit) -> bool:
     return len(split) > 0 and bool((split.labels >= 0).all())
 
 
-def _load(split: LazySplit) -> Split:
+def _first_image(split: LazySplit, directory: Path) -> np.ndarray:
+    try:
+        return split.image_at(0)
+    except OSError as error:
+        raise _damaged_image(split, 0, directory) from error
+
+
+def _load(split: LazySplit, directory: Path) -> Split:
     loaded, bad = decode_all(split)
     if bad:
-        raise InputError(f"data set has a damaged image: example {split.ids[bad[0]]}; prepare it again")
+        raise _damaged_image(split, bad[0], directory)
     return loaded
