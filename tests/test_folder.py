@@ -171,6 +171,18 @@ def test_the_version_changes_with_the_files(root):
     assert load(root).version != before
 
 
+@pytest.mark.parametrize(("content_bytes", "noticed"), [(256 * 1024**2, True), (0, False)])
+def test_other_contents_of_equal_length_are_noticed_in_small_folders(root, monkeypatch, content_bytes, noticed):
+    monkeypatch.setattr("jxfer.data.folder.CONTENT_BYTES", content_bytes)
+    before, path = load(root).version, root / "ants" / "0.png"
+    size = path.stat().st_size
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # in the checksum of the last chunk, which Pillow does not read
+    path.write_bytes(content)
+    assert path.stat().st_size == size
+    assert (load(root).version != before) == noticed
+
+
 def test_no_folder_no_images_and_one_class_are_one_line_each(tmp_path):
     with pytest.raises(InputError, match=r"no folder '.*/absent'"):
         load(tmp_path / "absent")

@@ -24,6 +24,9 @@ SPLIT_FOLDERS = {
 }
 """Split -> what its folder may be called, in any case."""
 
+CONTENT_BYTES = 256 * 1024**2
+"""Folders of at most this size are told apart by what their files hold; reading larger ones would take too long."""
+
 
 @dataclasses.dataclass(frozen=True)
 class File:
@@ -196,9 +199,16 @@ def _decode_splits(opened: dict[str, LazySplit]) -> tuple[dict[str, Split], list
 
 
 def _version(root: Path, files: list[File]) -> str:
-    """Returns a hash over the names and lengths of the files, by which a changed folder is noticed."""
-    digest = hashlib.sha256()
-    for file in files:
-        entry = f"{file.name}\n{(root / file.name).stat().st_size}\n"
-        digest.update(entry.encode(errors="surrogateescape"))  # names that are no UTF-8 are legal on Linux
-    return digest.hexdigest()[:16]
+    """Returns a hash over the names, lengths and contents of the files, by which a changed folder is noticed.
+
+    In folders of more than `CONTENT_BYTES` only names and lengths count: a file replaced by one of equal length is
+    not noticed there.
+    """
+    sizes = [(root / file.name).stat().st_size for file in files]
+    with_contents = sum(sizes) <= CONTENT_BYTES
+    digest = hashlib.blake2b(digest_size=8)
+    for file, size in zip(files, sizes, strict=True):
+        digest.update(f"{file.name}\n{size}\n".encode(errors="surrogateescape"))  # Linux allows names that are no UTF-8
+        if with_contents:
+            digest.update((root / file.name).read_bytes())
+    return digest.hexdigest()
