@@ -23,9 +23,9 @@ from timing import Ratio, interleave, machine, ratio, table
 
 from jxfer import data, loop, models, optim
 from jxfer.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from jxfer.cost import cost_of, flops_of
 from jxfer.objectives import classification
 from jxfer.partition import Partition
-from jxfer.plan import cost_of, flops_of
 from jxfer.sharding import make_mesh, num_batch_shards, pad_batch, put_batch
 from jxfer.step import init_state, make_train_step, place_state
 from jxfer.typing import Batch

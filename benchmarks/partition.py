@@ -22,9 +22,9 @@ from timing import Ratio, interleave, machine, ratio, table
 
 from jxfer import models, optim
 from jxfer.config import ModelConfig, TrainConfig
+from jxfer.cost import cost_of, flops_of
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Partition, arrays_of, eval_graphdef
-from jxfer.plan import cost_of, flops_of
 from jxfer.step import init_state, make_train_step
 from jxfer.typing import Arrays, Batch, Metrics
 

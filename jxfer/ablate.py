@@ -1,28 +1,28 @@
 """A grid of runs: what is done, what is left, and the source model they share."""
 
 import dataclasses
-import importlib.metadata
 import itertools
-import json
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from jxfer import config, data, methods, paths
+from jxfer import data, methods, paths
 from jxfer.checks import check
 from jxfer.config import Experiment, Method, SearchConfig
+from jxfer.directory import (
+    append_result,
+    check_data,
+    claimed,
+    read_json,
+    read_results,
+    save_examples,
+    versions,
+    write_json,
+)
 from jxfer.loop import Session
 from jxfer.plan import Task, load_data, plan_method, source_directory, task_of
 from jxfer.run import Job, Source, load_source, run
 from jxfer.typing import InputError, InterruptedRun
-
-NUM_EXAMPLES = 64
-PACKAGES = ("jxfer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 
 def ablate(experiment: Experiment, directory: Path, session: Session, *, command: str) -> list[dict[str, Any]]:
@@ -80,72 +80,34 @@ def default_directory(experiment: Experiment) -> Path:
     return Path("out") / experiment.name
 
 
-def read_results(directory: Path) -> list[dict[str, Any]]:
-    """Returns the rows of `results.jsonl`; a last line that a crash cut short does not count."""
-    path = directory / "results.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def append_result(directory: Path, row: dict[str, Any]) -> None:
-    """Appends a row in one write that is on disk when this returns; what an earlier crash cut short is dropped."""
-    path = directory / "results.jsonl"
-    with path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _run_all(
     experiment: Experiment, jobs: Sequence[Job], directory: Path, session: Session, command: str
 ) -> list[dict[str, Any]]:
     check(experiment)
-    claim(experiment, directory)
-    done = {_cell(row): row for row in read_results(directory)}
-    left = [job for job in jobs if _cell_of(job) not in done]
-    source = _prepare_directory(experiment, jobs, directory, session, command) if left else None
-    for job in left:
-        session.progress("runs", len(jobs) - len(left) + left.index(job), len(jobs))
-        if session.should_stop():
-            raise InterruptedRun(f"stopped before {job.title}")
-        used = source if job.method.start == "source" else None
-        done[_cell_of(job)] = row = run(job, directory / "runs" / job.name, session, source=used)
-        append_result(directory, row)
-    session.progress("runs", len(jobs), len(jobs))
+    with claimed(experiment, directory):
+        done = {_cell(row): row for row in read_results(directory)}
+        left = [job for job in jobs if _cell_of(job) not in done]
+        needs_source = any(job.method.start == "source" for job in jobs)
+        check_data(directory, _data_versions(experiment, needs_source))
+        source = _prepare_directory(experiment, jobs, directory, session, command) if left else None
+        for index, job in enumerate(left, start=len(jobs) - len(left)):
+            session.progress("runs", index, len(jobs))
+            if session.should_stop():
+                raise InterruptedRun(f"stopped before {job.title}")
+            used = source if job.method.start == "source" else None
+            done[_cell_of(job)] = row = run(job, directory / "runs" / job.name, session, source=used)
+            append_result(directory, row)
+        session.progress("runs", len(jobs), len(jobs))
     return [done[_cell_of(job)] for job in jobs]
 
 
-def claim(experiment: Experiment, directory: Path) -> None:
-    """Makes a directory this experiment's, or checks that it is; the grid (methods, shots, seeds) may differ.
-
-    Raises:
-      InputError: it holds another experiment, or this one with other settings; or it cannot be written to.
-    """
-    record = directory / "experiment.json"
-    settings = json.loads(json.dumps(config.to_dict(experiment)))
-    if record.exists() and (differences := _differences(json.loads(record.read_text()), settings)):
-        raise InputError(f"'{directory}' holds another experiment: {'; '.join(differences[:3])}; choose another --out")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        config.save(experiment, record)
-    except OSError as error:
-        raise InputError(f"cannot write to '{directory}': {error.strerror}; choose another --out") from error
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Returns where two resolved configs differ, as `field.path was 1, is 2`; the grid does not count."""
-    if path in ("methods", "shots", "seeds", "wandb"):
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*new, *(name for name in old if name not in new)]
-        return [
-            difference
-            for name in names
-            for difference in _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [f"{path} was {json.dumps(old)}, is {json.dumps(new)}"]
+def _data_versions(experiment: Experiment, needs_source: bool) -> dict[str, str]:
+    versions = {"target data": load_data(experiment.target).version}
+    if needs_source and experiment.source.weights is None:
+        versions["source data"] = load_data(experiment.source.data).version
+    elif needs_source and experiment.source.weights is not None:
+        versions["source run"] = load_source(source_directory(experiment.source.weights)).weights_hash
+    return versions
 
 
 def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -165,15 +127,15 @@ def _prepare_directory(
     for shots in {job.shots for job in jobs}:  # too many shots are an error now, not after an hour of other runs
         data.draw(load_data(experiment.target), experiment.target, shots, 0)
     task = task_of(experiment) if needs_source else _task_without_source(experiment)
-    _write_json(directory / "classes.json", {"source": task.source_classes, "target": task.target_classes})
-    _write_json(directory / "versions.json", versions(command))
-    _save_examples(experiment, directory)
+    write_json(directory / "classes.json", {"source": task.source_classes, "target": task.target_classes})
+    write_json(directory / "versions.json", versions(command))
+    save_examples(experiment, directory)
     # The widest grid decides what the report shows; a later, narrower call of the same experiment keeps it.
-    plans = {plan["method"]: plan for plan in _read_json(directory / "plans.json", [])}
+    plans = {plan["method"]: plan for plan in read_json(directory / "plans.json", [])}
     for method in picked:
         session.progress(f"planning {method.name}", len(plans), len(plans) + 1)
         plans[method.name] = plan_method(experiment, method, task).to_json()
-    _write_json(directory / "plans.json", list(plans.values()))
+    write_json(directory / "plans.json", list(plans.values()))
     return source_model(experiment, directory, session) if needs_source else None
 
 
@@ -190,52 +152,15 @@ def source_model(experiment: Experiment, directory: Path, session: Session) -> S
         experiment, target=experiment.source.data, train=experiment.source.train, search=SearchConfig()
     )
     job = Job(settings, dataclasses.replace(methods.scratch, name="pre-training"), None, experiment.source.seed)
-    row = _read_json(folder / "result.json", {})
+    row = read_json(folder / "result.json", {})
     if row.get("config_hash") != job.config_hash:
         row = run(job, folder, session, source=None)
         if row["status"] != "ok":
             raise InputError(f"pre-training on {experiment.source.data.name} failed: {row['error']}")
-        _write_json(folder / "result.json", row)
+        write_json(folder / "result.json", row)
     return load_source(folder)
-
-
-def versions(command: str) -> dict[str, str]:
-    """Returns what the results were made with."""
-    packages = {name: _version(name) for name in PACKAGES}
-    devices = jax.devices()
-    return {
-        "command": command,
-        "python": platform.python_version(),
-        **packages,
-        "device": f"{len(devices)} × {devices[0].device_kind}",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _task_without_source(experiment: Experiment) -> Task:
     target = load_data(experiment.target)
     return Task(target.class_names, target.class_names, target.image_shape)
-
-
-def _save_examples(experiment: Experiment, directory: Path) -> None:
-    """Saves some test images, spread over the split, for the report's pictures."""
-    test = data.draw(load_data(experiment.target), experiment.target, experiment.shots[0], 0).test
-    chosen = np.unique(np.linspace(0, len(test) - 1, min(NUM_EXAMPLES, len(test))).astype(int))
-    np.savez(directory / "examples.npz", ids=test.ids[chosen], images=test.read(chosen)["image"])
-
-
-def _read_json(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text()) if path.exists() else default
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)

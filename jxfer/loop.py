@@ -102,18 +102,24 @@ class _Windows:
         self._on_window = on_window
         self._filling: list[tuple[int, Metrics]] = []
         self._full: list[tuple[int, Metrics]] = []
+        self._full_secs = 0.0
         self._since = time.perf_counter()
 
     def add(self, step: int, metrics: Metrics, *, full: bool) -> None:
         self._filling.append((step, metrics))
         if full:
-            self._hand_out()
-            self._full, self._filling = self._filling, []
+            self._close()
 
     def flush(self) -> None:
+        jax.block_until_ready(self._filling)  # the time of the last window ends with its last step
+        self._close()
         self._hand_out()
+
+    def _close(self) -> None:
+        self._hand_out()
+        now = time.perf_counter()
+        self._full_secs, self._since = now - self._since, now
         self._full, self._filling = self._filling, []
-        self._hand_out()
 
     def _hand_out(self) -> None:
         if not self._full:
@@ -122,11 +128,12 @@ class _Windows:
         self._full = []
         for step, metrics in rows:
             check_finite(step, metrics)
-        elapsed, self._since = time.perf_counter() - self._since, time.perf_counter()
         count = sum(float(metrics["count"]) for _, metrics in rows)
         sums = {name: math.fsum(float(metrics[name]) for _, metrics in rows) for name in rows[0][1]}
         means = {name: value / count for name, value in sums.items() if name not in ("count", "grad_norm")}
-        self._on_window(Window(rows[-1][0], {**means, "grad_norm": sums["grad_norm"] / len(rows)}, count / elapsed))
+        self._on_window(
+            Window(rows[-1][0], {**means, "grad_norm": sums["grad_norm"] / len(rows)}, count / self._full_secs)
+        )
 
 
 def check_finite(step: int, metrics: Mapping[str, Any]) -> None:

@@ -65,6 +65,15 @@ class Audit:
         """Whether what is frozen is bit-identical and deterministic, and every trainable leaf moved."""
         return not self.leaks and not self.stuck
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the audit as the results record it."""
+        moved = self.trainable_total - len(self.stuck)
+        return {
+            "frozen_unchanged": not self.leaks,
+            "trainable_moved": moved,
+            "trainable_total": self.trainable_total,
+        }
+
     def __str__(self) -> str:
         parts = [f"frozen but changed or not deterministic: {', '.join(self.leaks[:3])}"] if self.leaks else []
         parts += [f"trainable but never moved: {', '.join(self.stuck[:3])}"] if self.stuck else []
@@ -138,6 +147,8 @@ class Partition:
         Raises:
           InputError: a label no parameter has.
         """
+        if not labels:
+            raise InputError(f"mask() needs a label; there are: {', '.join(dict.fromkeys(self.labels.values()))}")
         for label in labels:
             if label not in self.labels.values():
                 raise paths.unknown("label", label, dict.fromkeys(self.labels.values()))
@@ -279,11 +290,15 @@ class _Labels:
 def _variables(model: nnx.Module) -> list[tuple[Path, Keys, Kind, Any]]:
     found = []
     for keys, variable in nnx.to_flat_state(nnx.state(model)):
-        found.append(("/".join(map(str, keys)), keys, _kind(variable), variable.get_value()))
+        found.append(("/".join(map(str, keys)), keys, _kind(variable), _value(variable)))
     return found
 
 
-def _kind(variable: nnx.Variable) -> Kind:
+def _value(variable: Any) -> Any:
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable  # a module may hold bare arrays
+
+
+def _kind(variable: Any) -> Kind:
     if isinstance(variable, nnx.Param):
         return "parameter"
     return "random" if isinstance(variable, nnx.RngState) else "statistic"

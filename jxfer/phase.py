@@ -13,13 +13,14 @@ from flax import nnx
 from jxfer import data
 from jxfer.checkpoint import Checkpoints
 from jxfer.config import Experiment, Method
+from jxfer.cost import Cost, flops_of
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
 from jxfer.features import extract, make_feature_step
 from jxfer.logs import LogRow
 from jxfer.loop import Hook, Session, Window, check_finite, train
 from jxfer.partition import Audit, fingerprint
-from jxfer.plan import Cost, PlannedPhase, cost_of, flops_of, phase_steps, prepare_images, start_phase
+from jxfer.plan import PlannedPhase, cost_of_phase, phase_steps, prepare_images, start_phase
 from jxfer.sharding import num_batch_shards, pad_batch, put_batch
 from jxfer.step import EvalStep, Fixed, TrainState, place_state
 from jxfer.typing import Arrays, AuditError, Batch, InputError
@@ -69,7 +70,7 @@ class PhaseResult:
     cost: Cost
     checkpoint_bytes: int
     train_flops: float
-    """Of all steps, and of computing the stored features."""
+    """Of all steps, and of computing the stored features they train on; validation is not counted, for any method."""
 
 
 def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits: Splits, *, index: int) -> PhaseResult:
@@ -87,7 +88,8 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     before = fingerprint(_all_arrays(state, fixed))
     splits, feature_flops = _store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
-    cost = cost_of(train_step, state, fixed, next(_device_batches(context, planned, splits.train, index, start=0)))
+    batch = next(_device_batches(context, planned, splits.train, index, start=0))
+    cost = cost_of_phase(experiment, method, planned, context.num_classes, state, fixed, batch)
     checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     folder = _checkpoint_folder(context.directory, context.variant, index)
     with _Keeper(context, planned, fixed, eval_step, splits.validation, folder) as keeper:
@@ -106,7 +108,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
         )
     audit = planned.partition.audit(before, fingerprint(_all_arrays(state, fixed)), fixed.definition.train_graphdef)
     if not audit.ok:
-        raise AuditError(f"audit of phase `{planned.phase.name}`: {audit}")
+        raise AuditError(f"audit of phase `{planned.phase.name}`: {audit}", audit.to_json())
     return PhaseResult(
         planned.phase.name,
         keeper.best_arrays,
@@ -190,7 +192,8 @@ class _Keeper:
         """Saves the state, and before it the best one, which no checkpoint has where none were asked for."""
         if self.best_step not in (0, step, *self._checkpoints.steps()):
             with self._open_best() as best:
-                best.save(self.best_step, self.best_arrays)
+                if self.best_step not in best.steps():  # never rewrite the one that an earlier stop relies on
+                    best.save(self.best_step, self.best_arrays)
         self.save(step, state)
 
     def resume(self, state: TrainState) -> TrainState:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from flax import nnx
 
 from jxfer import models, optim, paths
 from jxfer.config import DataConfig, Experiment, Method, ModelConfig, Phase, TrainConfig
+from jxfer.cost import Cost, cost_of
 from jxfer.data import Dataset, Prepare, load_dataset
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Partition, arrays_of, frozen_boundary
@@ -53,15 +53,6 @@ class PlannedPhase:
     stored: bool
     """Whether the phase trains on stored activations before `boundary`."""
     why: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What one optimizer step of a phase costs, from the compiled program."""
-
-    step_flops: float
-    temp_bytes: int
-    optimizer_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +132,15 @@ def target_model(
     transfers = method.start == "source"
     classes = task.source_classes if transfers else task.target_classes
     if transfers and source is not None:
-        load_into(model, source, what="source weights")
+        fresh = [pattern for surgery in method.surgeries for pattern in surgery.fresh]
+        load_into(model, _except(fresh, source, arrays_of(model)), what="source weights")
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
     for surgery in method.surgeries:
         surgery(model, source_classes=classes, target_classes=task.target_classes, rngs=rngs)
-    if not method.surgeries and classes != task.target_classes:
+    head = getattr(model, "head", None)
+    output = getattr(head, "out", head)
+    fits = not isinstance(output, nnx.Linear) or output.out_features == len(task.target_classes)
+    if not fits or (not method.surgeries and classes != task.target_classes):
         raise InputError(
             f"method `{method.name}` keeps the head of the source's {len(classes)} classes, which are not the target's "
             f"{len(task.target_classes)}; add surgeries=(NewHead(),) or (KeepRows(),)"
@@ -222,19 +217,20 @@ def start_phase(
     return dataclasses.replace(state, opt_state=opt_state), fixed
 
 
-def cost_of(train_step: TrainStep, state: TrainState, fixed: Fixed, batch: Batch) -> Cost:
-    """Costs one step ahead of time, on arrays or on their shapes; jit reuses the program when it is then called."""
-    compiled = train_step.lower(state, fixed, batch).compile()
-    memory = compiled.memory_analysis()
-    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)]
-    return Cost(flops_of(compiled), int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
-
-
-def flops_of(compiled: jax.stages.Compiled) -> float:
-    """Returns XLA's own count of floating-point operations of a compiled program."""
-    analysis = compiled.cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    return float((analysis or {}).get("flops", 0.0))
+def cost_of_phase(
+    experiment: Experiment,
+    method: Method,
+    planned: PlannedPhase,
+    num_classes: int,
+    state: TrainState,
+    fixed: Fixed,
+    batch: Batch,
+) -> Cost:
+    """Costs one step of a phase of an experiment; see `cost_of`."""
+    whole = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, num_microbatches=1))
+    train_step, _ = phase_steps(experiment, method, planned, num_classes)
+    whole_step, _ = phase_steps(whole, method, planned, num_classes)
+    return cost_of(train_step, state, fixed, batch, whole_step=whole_step)
 
 
 @functools.lru_cache(maxsize=8)
@@ -251,13 +247,28 @@ def task_of(experiment: Experiment) -> Task:
     """
     target = load_data(experiment.target)
     if experiment.source.weights is None:
-        source_classes = load_data(experiment.source.data).class_names
+        source = load_data(experiment.source.data)
+        source_classes, channels = source.class_names, source.image_shape[-1]
     else:
         record = source_directory(experiment.source.weights) / "config.json"
         if not record.exists():
             raise InputError(f"source.weights `{experiment.source.weights}`: no run there, '{record}' does not exist")
-        source_classes = tuple(json.loads(record.read_text())["task"]["target_classes"])
+        source_classes, channels = _task_of_run(record)
+    if channels != target.image_shape[-1]:
+        raise InputError(
+            f"the source's images have {channels} channels, the target's {target.image_shape[-1]}; "
+            f"set target.channels={channels}"
+        )
     return Task(source_classes, target.class_names, target.image_shape)
+
+
+def _task_of_run(record: Path) -> tuple[tuple[str, ...], int]:
+    """Returns classes and channels that the `config.json` of a run gives."""
+    try:
+        task = json.loads(record.read_text())["task"]
+        return tuple(task["target_classes"]), int(task["image_shape"][-1])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"'{record}' is not the record of a jxfer run; give the folder of a finished run") from error
 
 
 def source_directory(weights: str) -> Path:
@@ -268,7 +279,7 @@ def source_directory(weights: str) -> Path:
     """
     if not weights.startswith("run:"):
         raise InputError(f"source.weights `{weights}` is of no known kind; use run:DIR, the folder of a finished run")
-    return Path(weights.removeprefix("run:"))
+    return Path(weights.removeprefix("run:")).expanduser()
 
 
 def plan_experiment(experiment: Experiment, method: Method) -> Plan:
@@ -285,9 +296,19 @@ def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:
     for planned in plan_phases(experiment, method, model):
         state, fixed = _abstract_state(experiment, method, planned, model)
         batch = _abstract_batch(experiment, planned, model, task)
-        train_step, _ = phase_steps(experiment, method, planned, len(task.target_classes))
-        phases.append((planned, cost_of(train_step, state, fixed, batch)))
+        cost = cost_of_phase(experiment, method, planned, len(task.target_classes), state, fixed, batch)
+        phases.append((planned, cost))
     return Plan(method.name, experiment.train, tuple(phases))
+
+
+def _except(fresh: Sequence[str], source: Mapping[str, Any], own: Mapping[str, Any]) -> Arrays:
+    """Returns the source's arrays, but the model's own for paths that a surgery is about to replace anyway."""
+
+    def replaced(arrays: Mapping[str, Any]) -> set[str]:
+        return {path for path in arrays if any(paths.match(path, pattern) for pattern in fresh)}
+
+    kept = {path: value for path, value in source.items() if path not in replaced(source)}
+    return kept | {path: own[path] for path in replaced(own)}
 
 
 def _phase_partition(method: Method, phase: Phase, model: nnx.Module, rules: Sequence[tuple[str, str]]) -> Partition:

@@ -10,6 +10,7 @@ import itertools
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from jxfer.config import Experiment, Method, ModelConfig, TrainConfig
 from jxfer.evaluate import evaluate
 from jxfer.loop import Session
 from jxfer.objectives import classification
-from jxfer.partition import FROZEN, Partition, arrays_of
+from jxfer.partition import FROZEN, Audit, Partition, arrays_of, fingerprint
 from jxfer.phase import EVAL_BATCH_SIZE, Context, PhaseResult, Splits, newest_checkpoint, rank, run_phase
-from jxfer.plan import Task, base_model, load_data, plan_phases, prepare_images, target_model
+from jxfer.plan import PlannedPhase, Task, base_model, load_data, plan_phases, prepare_images, target_model
 from jxfer.sharding import make_mesh
 from jxfer.step import init_state, make_eval_step
 from jxfer.typing import Arrays, AuditError, InputError, NonFiniteError
@@ -119,8 +120,10 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
         measured["variants"] = [
             {"variant": o.variant, "validation_metrics": o.validation_metrics} for o in outcomes
         ] + failures
-    except (NonFiniteError, AuditError) as error:
+    except NonFiniteError as error:
         measured = {"status": "failed", "error": str(error), "metrics": None}
+    except AuditError as error:
+        measured = {"status": "failed", "error": error.args[0], "metrics": None, "audit": error.args[1]}
     return {
         **_identity(job),
         **measured,
@@ -158,11 +161,18 @@ def load_source(directory: Path) -> Source:
 def _record(job: Job, task: Task, hashes: dict[str, str | None], directory: Path) -> None:
     """Writes what the run is; what a run of this name on other settings, examples or weights left here goes first."""
     path = directory / "config.json"
-    if path.exists() and json.loads(path.read_text()).get("hashes") != hashes:
+    if path.exists() and _hashes_in(path) != hashes:
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     cell = {"experiment": job.experiment, "method": job.method, "shots": job.shots, "seed": job.seed}
     config.save({**cell, "task": task, "hashes": hashes}, path)
+
+
+def _hashes_in(record: Path) -> Any:
+    try:
+        return json.loads(record.read_text()).get("hashes")
+    except (ValueError, AttributeError):
+        return None  # damaged: what it recorded cannot be continued
 
 
 def _identity(job: Job) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def _train_variants(
     """Returns the variants that trained to their end and the names and errors of those that did not."""
     outcomes, failures, last_error = [], [], None
     splits = Splits(drawn.train, drawn.validation)
-    logs.rewind(directory, keep=functools.partial(_will_not_be_written_again, directory, job.method))
+    logs.rewind(directory, keep=_saved_rows(directory, job.method))
     settings = config.to_dict(job.experiment)
     with logs.open_logs(directory, name=job.name, config=settings, wandb=job.experiment.wandb) as log:
         for variant, train_config in variants(job.experiment, job.method).items():
@@ -222,7 +232,9 @@ def _train_variant(context: Context, task: Task, splits: Splits, source: Source 
     results = []
     for index, planned in enumerate(plan_phases(context.experiment, context.method, model)):
         result = run_phase(context, planned, model, splits, index=index)
-        model = planned.partition.assemble(nnx.graphdef(model), arrays_of(model) | result.arrays)
+        before = arrays_of(model)
+        model = planned.partition.assemble(nnx.graphdef(model), before | result.arrays)
+        _check_frozen(planned, before, arrays_of(model))
         results.append(result)
     metrics = (
         results[-1].validation_metrics if results else _test(context.experiment, task, model, splits.validation)[0]
@@ -230,16 +242,30 @@ def _train_variant(context: Context, task: Task, splits: Splits, source: Source 
     return Outcome(context.variant, model, metrics, tuple(results))
 
 
-def _will_not_be_written_again(directory: Path, method: Method, row: logs.Row) -> bool:
+def _saved_rows(directory: Path, method: Method) -> Callable[[logs.Row], bool]:
+    """Returns whether a row of the log is from before the point at which its phase will resume."""
     names = [phase.name for phase in method.phases]
-    index = names.index(row["phase"])
-    return row["step"] <= newest_checkpoint(directory, variant=row["variant"], index=index)
+
+    @functools.cache
+    def resumes_at(variant: str, phase: str) -> int:
+        return newest_checkpoint(directory, variant=variant, index=names.index(phase))
+
+    return lambda row: row["step"] <= resumes_at(row["variant"], row["phase"])
 
 
 @functools.lru_cache(maxsize=16)
 def _base_model(model: ModelConfig, method: Method, task: Task, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     """Makes the random weights of a seed once for all the runs of a method that begin with them."""
     return nnx.split(base_model(model, method, task, seed=seed))
+
+
+def _check_frozen(planned: PlannedPhase, before: Arrays, after: Arrays) -> None:
+    """Audits the model that is evaluated and saved: what the phase froze is what it was, whatever was put together."""
+    _, frozen = planned.partition.split(before)
+    now = fingerprint({path: after[path] for path in frozen})
+    if leaks := tuple(path for path, digest in fingerprint(frozen).items() if now[path] != digest):
+        audit = Audit(leaks, (), len(planned.partition.trainable))
+        raise AuditError(f"audit after phase `{planned.phase.name}`: {audit}", audit.to_json())
 
 
 def _test(experiment: Experiment, task: Task, model: nnx.Module, split: data.Split) -> tuple[dict[str, float], Any]:

@@ -19,7 +19,7 @@ from jxfer.models.stages import run_stages
 from jxfer.objectives import Objective
 from jxfer.partition import Partition, arrays_of, eval_graphdef
 from jxfer.sharding import param_specs, place, state_shardings
-from jxfer.typing import Arrays, Batch, Metrics, PyTree
+from jxfer.typing import Arrays, Batch, InputError, Metrics, PyTree
 
 Apply = Callable[[Any, Batch], jax.Array]
 """Runs a module on a batch: `(model, batch) -> outputs`."""
@@ -99,7 +99,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         variables=variables,
-        opt_state=tx.init(params),
+        opt_state=jax.tree.map(jnp.copy, tx.init(params)),  # some keep the parameters themselves: both are donated
         ema=jax.tree.map(jnp.copy, params) if ema else {},
         key=jnp.copy(jax.random.key(0) if key is None else key),
     )
@@ -175,6 +175,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, Metrics]:
+        _check_average(state, ema_decay)
         key = jax.random.fold_in(state.key, state.step)
         batch = _with_mask(batch)
         batch = prepare(key, batch) if prepare else batch
@@ -213,6 +214,11 @@ def _define(*code: Any) -> Definition:
 def _by_kind(arrays: Arrays, kinds: Mapping[str, str]) -> tuple[Arrays, Arrays]:
     params = {path: value for path, value in arrays.items() if kinds[path] == "parameter"}
     return params, {path: value for path, value in arrays.items() if path not in params}
+
+
+def _check_average(state: TrainState, ema_decay: float | None) -> None:
+    if state.params and (ema_decay is None) != (not state.ema):
+        raise InputError("init_state(ema=True) and make_train_step(ema_decay=...) go together; give both or neither")
 
 
 def _with_mask(batch: Batch) -> Batch:

@@ -44,7 +44,10 @@ class NonFiniteError(FloatingPointError):
 
 
 class AuditError(RuntimeError):
-    """Something frozen changed, or something trainable never moved; the message names the paths."""
+    """Something frozen changed, or something trainable never moved; the message names the paths.
+
+    The second argument is the audit as the results record it.
+    """
 
 
 class InterruptedRun(Exception):  # noqa: N818 - an ending, not an error
@@ -54,6 +57,11 @@ class InterruptedRun(Exception):  # noqa: N818 - an ending, not an error
 @runtime_checkable
 class Surgery(Protocol):
     """A frozen dataclass that alters a model before training (`jxfer.surgery`)."""
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Patterns of the source's parameters that this surgery replaces, so that they need not fit."""
+        ...
 
     def __call__(self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: Any) -> None:
         """Alters the module in place; must also work on an abstract one inside `nnx.eval_shape`."""

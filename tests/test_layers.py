@@ -17,8 +17,8 @@ LAYERS = (
     ("surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("step",),
-    ("plan", "features", "evaluate", "checkpoint", "logs", "loop", "phase"),
-    ("run", "ablate"),
+    ("cost", "plan", "features", "evaluate", "checkpoint", "logs", "loop", "phase"),
+    ("run", "directory", "ablate"),
     ("report",),
     ("overrides", "progress", "session", "cli"),
 )

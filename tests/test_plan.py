@@ -210,9 +210,9 @@ def test_a_plan_costs_what_the_run_will_cost():
 def test_planning_a_resnet50_makes_no_weight_and_a_probe_pays_for_its_head_alone(monkeypatch):
     costed, cost_of = [], plan.cost_of
 
-    def spy(train_step, *shapes):
+    def spy(train_step, *shapes, **options):
         costed.extend(jax.tree.leaves(shapes))
-        return cost_of(train_step, *shapes)
+        return cost_of(train_step, *shapes, **options)
 
     monkeypatch.setattr(plan, "cost_of", spy)
     experiment = dataclasses.replace(EXPERIMENT, model=ModelConfig("resnet50"))
@@ -250,5 +250,19 @@ def test_the_classes_come_from_the_data_and_from_the_record_of_a_run(tmp_path, m
         task_from(f"run:{tmp_path}")
     with pytest.raises(InputError, match="`/a/b` is of no known kind; use run:DIR"):
         task_from("/a/b")
-    (tmp_path / "config.json").write_text(json.dumps({"task": {"target_classes": ["p", "q"]}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "somebody else's"}))
+    with pytest.raises(InputError, match="is not the record of a jxfer run"):
+        task_from(f"run:{tmp_path}")
+    task = {"target_classes": ["p", "q"], "image_shape": [8, 8, 1]}
+    (tmp_path / "config.json").write_text(json.dumps({"task": task}))
     assert task_from(f"run:{tmp_path}").source_classes == ("p", "q")
+
+
+def test_accumulation_does_not_hide_flops_in_its_loop():
+    costs = []
+    for num_microbatches in (1, 4):
+        train = dataclasses.replace(EXPERIMENT.train, batch_size=16, num_microbatches=num_microbatches)
+        experiment = dataclasses.replace(EXPERIMENT, train=train, model=ModelConfig("convnet"))
+        ((_, cost),) = plan_method(experiment, fine_tuning, TASK).phases
+        costs.append(cost.step_flops)
+    assert costs[0] == costs[1] > 0

@@ -75,7 +75,7 @@ def read_directory(directory: Path) -> Material:
         plans=_read_json(directory / "plans.json", []),
         classes=tuple(_read_json(directory / "classes.json", {}).get("target", ())),
         examples=_read_examples(directory / "examples.npz"),
-        source_validation=_last_validation(directory / "source" / "metrics.jsonl"),
+        source_validation=_best_validation(directory / "source" / "metrics.jsonl"),
     )
 
 
@@ -114,7 +114,7 @@ def _read_json(path: Path, default: Any) -> Any:
     return value
 
 
-def _last_validation(path: Path) -> Row | None:
+def _best_validation(path: Path) -> Row | None:
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -122,4 +122,4 @@ def _last_validation(path: Path) -> Row | None:
         except ValueError:  # torn by a kill; the rows before it stand
             continue
     looks = [row for row in rows if row.get("split") == "validation" and row.get("accuracy") is not None]
-    return looks[-1] if looks else None
+    return max(looks, key=lambda row: row["accuracy"]) if looks else None  # the source is the best on validation

@@ -5,7 +5,7 @@ A model's head is its attribute `head`, an `nnx.Linear`.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ class NewHead:
     Zero because a random head's first gradients distort good features (Kumar et al. 2022, arXiv:2202.10054).
     """
 
+    fresh: ClassVar = ("head/**",)
+
     def __call__(
         self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
     ) -> None:
@@ -36,6 +38,7 @@ class MLPHead:
     """Puts a hidden layer with ReLU and a linear output, zero at the start, in place of the old head."""
 
     hidden_dim: int = 128
+    fresh: ClassVar = ("head/**",)
 
     def __call__(
         self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
@@ -49,6 +52,8 @@ class MLPHead:
 @dataclasses.dataclass(frozen=True)
 class KeepRows:
     """Keeps, of the source's head, the outputs for the target's classes, found by name."""
+
+    fresh: ClassVar = ()
 
     def __call__(
         self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs

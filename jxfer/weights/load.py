@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jxfer import paths
+from jxfer.partition import arrays_of
 from jxfer.typing import Path
 
 
@@ -23,7 +24,7 @@ def load_into(model: nnx.Module, arrays: Mapping[Path, Any], *, what: str) -> No
     """
     variables = nnx.to_flat_state(nnx.state(model))
     targets = {"/".join(map(str, keys)): keys for keys, variable in variables if not isinstance(variable, nnx.RngState)}
-    values = {"/".join(map(str, keys)): variable.get_value() for keys, variable in variables}
+    values = arrays_of(model)
     random = set(values) - set(targets)
     given = {path: value for path, value in arrays.items() if path not in random}
     paths.check_same(given, {path: values[path] for path in targets}, what=what)

@@ -1,0 +1,179 @@
+"""The directory of an ablation: whose it is, its results, and what the report needs besides them."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jxfer import config, data
+from jxfer.config import Experiment
+from jxfer.plan import load_data
+from jxfer.typing import InputError
+
+NUM_EXAMPLES = 64
+PACKAGES = ("jxfer", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+_GRID = ("methods", "shots", "seeds", "wandb")
+"""Settings in which calls that share a directory may differ."""
+
+
+@contextlib.contextmanager
+def claimed(experiment: Experiment, directory: Path) -> Iterator[None]:
+    """Makes a directory this experiment's, or checks that it is, and keeps other processes out of it meanwhile.
+
+    Raises:
+      InputError: it holds another experiment, or this one with other settings; another process works in it; or it
+        cannot be written to.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(directory))
+            _claim(experiment, directory)
+        except OSError as error:
+            raise InputError(f"cannot write to '{directory}': {error.strerror}; choose another --out") from error
+        yield
+
+
+def read_results(directory: Path) -> list[dict[str, Any]]:
+    """Returns the rows of `results.jsonl`; a last line that a crash cut short does not count.
+
+    Raises:
+      InputError: another line is not JSON.
+    """
+    path = directory / "results.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def append_result(directory: Path, row: dict[str, Any]) -> None:
+    """Appends a row in one write that is on disk when this returns; what an earlier crash cut short is dropped."""
+    path = directory / "results.jsonl"
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_data(directory: Path, versions: dict[str, str]) -> None:
+    """Records the versions of the data and weights behind the results, or checks that they are still the same.
+
+    Raises:
+      InputError: results in this directory were made from others.
+    """
+    path = directory / "data.json"
+    known = read_json(path, {})
+    for name, version in versions.items():
+        if known.get(name, version) != version:
+            raise InputError(
+                f"the {name} has changed since '{directory}' was begun ({known[name]} then, {version} now); "
+                "choose another --out"
+            )
+    write_json(path, known | versions)
+
+
+def save_examples(experiment: Experiment, directory: Path) -> None:
+    """Saves some test images, spread over the split, for the report's pictures."""
+    test = data.draw(load_data(experiment.target), experiment.target, experiment.shots[0], 0).test
+    chosen = np.unique(np.linspace(0, len(test) - 1, min(NUM_EXAMPLES, len(test))).astype(int))
+    np.savez(directory / "examples.npz", ids=test.ids[chosen], images=test.read(chosen)["image"])
+
+
+def versions(command: str) -> dict[str, str]:
+    """Returns what results are made with."""
+    devices = jax.devices()
+    return {
+        "command": command,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "device": f"{len(devices)} × {devices[0].device_kind}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+    }
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """Returns what a JSON file holds, or `default` where there is none; raises InputError if it is damaged."""
+    return _parse(path.read_text(), str(path)) if path.exists() else default
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, which then has no such guard
+        yield
+        return
+    with (directory / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another jxfer is at work in '{directory}'; wait for it or choose another --out"
+            ) from None
+        yield
+
+
+def _claim(experiment: Experiment, directory: Path) -> None:
+    record = directory / "experiment.json"
+    settings = json.loads(json.dumps(config.to_dict(experiment)))
+    # A start that failed before any run leaves nothing worth keeping, and must not stand in the corrected one's way.
+    begun = any((directory / name).exists() for name in ("results.jsonl", "runs", "source"))
+    old = read_json(record, {}) if begun else {}
+    if old and (differences := _differences(old, settings)):
+        raise InputError(f"'{directory}' holds another experiment: {'; '.join(differences[:3])}; choose another --out")
+    write_json(record, _widest(old, settings))
+
+
+def _widest(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Returns the new settings over the union of both grids, so that a narrower call does not unsay a wider one."""
+    if not old:
+        return new
+    methods = {method["name"]: method for method in [*old["methods"], *new["methods"]]}
+    shots = list(dict.fromkeys([*old["shots"], *new["shots"]]))
+    return {**new, "methods": list(methods.values()), "shots": shots, "seeds": max(old["seeds"], new["seeds"])}
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Returns where two resolved configs differ, as `field.path was 1, is 2`; the grid does not count."""
+    if path in _GRID:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*new, *(name for name in old if name not in new)]
+        return [
+            difference
+            for name in names
+            for difference in _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{path} was {json.dumps(old)}, is {json.dumps(new)}"]
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{place} is not JSON ({error.msg}); remove what is damaged there, or choose another --out"
+        ) from None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,83 @@
+"""An ablation's directory: whose it is, what it was made from, and what a crash or a second process may do to it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jxfer import directory, methods
+from jxfer.config import DataConfig, Experiment, ModelConfig, SourceConfig
+from jxfer.plan import task_of
+from jxfer.typing import InputError
+
+EXPERIMENT = Experiment(name="mine", methods=(methods.scratch,), shots=(1,), seeds=1)
+
+
+def test_a_start_that_failed_before_any_run_does_not_hold_the_directory(tmp_path):
+    with directory.claimed(EXPERIMENT, tmp_path):
+        pass
+    corrected = dataclasses.replace(EXPERIMENT, model=ModelConfig("resnet20"))
+    with directory.claimed(corrected, tmp_path):
+        directory.append_result(tmp_path, {"method": "scratch"})
+    with (
+        pytest.raises(InputError, match=r'holds another experiment: model.name was "resnet20", is "convnet"'),
+        directory.claimed(EXPERIMENT, tmp_path),
+    ):
+        pass
+
+
+def test_a_narrower_call_does_not_unsay_a_wider_one(tmp_path):
+    wide = dataclasses.replace(EXPERIMENT, methods=(methods.scratch, methods.zero_shot), shots=(1, None), seeds=5)
+    with directory.claimed(wide, tmp_path):
+        directory.append_result(tmp_path, {})
+    with directory.claimed(dataclasses.replace(EXPERIMENT, shots=(2,)), tmp_path):
+        pass
+    record = json.loads((tmp_path / "experiment.json").read_text())
+    assert [method["name"] for method in record["methods"]] == ["scratch", "zero_shot"]
+    assert (record["shots"], record["seeds"]) == ([1, None, 2], 5)
+
+
+def test_two_processes_do_not_work_in_one_directory(tmp_path):
+    with (
+        directory.claimed(EXPERIMENT, tmp_path),
+        pytest.raises(InputError, match="another jxfer is at work in"),
+        directory.claimed(EXPERIMENT, tmp_path),
+    ):
+        pass
+    with directory.claimed(EXPERIMENT, tmp_path):
+        pass
+
+
+def test_a_path_that_cannot_be_a_directory_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to"), directory.claimed(EXPERIMENT, tmp_path / "file"):
+        pass
+
+
+def test_results_made_from_other_data_are_not_continued(tmp_path):
+    directory.check_data(tmp_path, {"target data": "1.0.0"})
+    directory.check_data(tmp_path, {"target data": "1.0.0", "source run": "abc"})
+    with pytest.raises(InputError, match=r"the source run has changed .* \(abc then, abd now\)"):
+        directory.check_data(tmp_path, {"target data": "1.0.0", "source run": "abd"})
+
+
+def test_a_torn_last_line_is_dropped_and_a_damaged_one_named(tmp_path):
+    directory.append_result(tmp_path, {"seed": 0})
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"seed": 1, "met')
+    assert directory.read_results(tmp_path) == [{"seed": 0}]
+    directory.append_result(tmp_path, {"seed": 2})
+    assert directory.read_results(tmp_path) == [{"seed": 0}, {"seed": 2}]
+    (tmp_path / "results.jsonl").write_text('{"seed": 0}\n{"se\n')
+    with pytest.raises(InputError, match="line 2 is not JSON"):
+        directory.read_results(tmp_path)
+
+
+def test_a_source_of_other_channels_is_refused_before_anything_trains():
+    experiment = dataclasses.replace(
+        EXPERIMENT,
+        source=SourceConfig(data=DataConfig("tfds:jxfer_digits", channels=3)),
+        target=DataConfig("tfds:jxfer_digits"),
+    )
+    with pytest.raises(InputError, match=r"the source's images have 3 channels, .* set target\.channels=3"):
+        task_of(experiment)
