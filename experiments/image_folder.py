@@ -2,7 +2,7 @@
 
 Claim: none; it is the shortest file to start from. Time: minutes on 2 CPU cores for a few hundred images.
 
-jxfer ablate experiments/image_folder.py --target.name folder:PATH [--source.weights run:DIR]
+    jxfer ablate experiments/image_folder.py --target.name folder:PATH [--source.weights run:DIR]
 """
 
 from jxfer import methods
