@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py [--rounds N] [--quick]
 
-Roughly 10 minutes on 2 CPU cores that also do other work. All three train every parameter of the same network on the
+About 5 minutes on 2 idle CPU cores. All three train every parameter of the same network on the
 same uint8 images with AdamW, a cosine schedule, clipping, and loss, accuracy and gradient norm looked at every 25
 steps. jxfer's is what a run does between two looks at validation: the shuffled stream, padding, placement on a mesh,
 normalisation, the step, the windows of metrics with their check for NaN, and a progress hook.
