@@ -1,6 +1,6 @@
 """Transfers to a folder of your own images, one sub-folder per class, from characters or from a run of your own.
 
-Claim: none; it is the shortest file to start from. Time: minutes on 2 CPU cores for a few hundred images.
+Claim: none; it is the shortest file to start from. Time: 4 minutes on 2 CPU cores for 250 images and one seed.
 
     jxfer ablate experiments/image_folder.py --target.name folder:PATH [--source.weights run:DIR]
 """
