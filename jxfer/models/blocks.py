@@ -1,5 +1,6 @@
 """The parts that convolutional architectures share, with PyTorch's padding and the papers' initialisation."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -10,31 +11,42 @@ _HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def conv(
-    in_features: int, out_features: int, size: int, *, stride: int = 1, dtype: DTypeLike, rngs: nnx.Rngs
+    in_features: int,
+    out_features: int,
+    size: int,
+    *,
+    stride: int = 1,
+    padding: int | str | None = None,
+    groups: int = 1,
+    use_bias: bool = False,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """Returns a square convolution without bias.
+    """Returns a square convolution; `groups` of as many channels as there are make it depthwise.
 
-    It pads both sides alike, as PyTorch does; at stride 2 `SAME` would pad more at the end and shift the image.
+    Where `padding` is None it keeps the size at stride 1 and pads both sides alike, as PyTorch does; at stride 2 `SAME`
+    would pad more at the end and shift the image.
     """
     return nnx.Conv(
         in_features,
         out_features,
         (size, size),
         strides=stride,
-        padding=size // 2,
-        use_bias=False,
+        padding=size // 2 if padding is None else padding,
+        feature_group_count=groups,
+        use_bias=use_bias,
         kernel_init=_HE_FAN_OUT,
         dtype=dtype,
         rngs=rngs,
     )
 
 
-def batch_norm(num_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def batch_norm(num_features: int, *, epsilon: float = 1e-5, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """Returns a batch normalisation with PyTorch's constants; its momentum 0.1 is the complement of ours.
 
     The running variance is that of the batch, where PyTorch stores the unbiased estimate, n / (n - 1) times it.
     """
-    return nnx.BatchNorm(num_features, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+    return nnx.BatchNorm(num_features, momentum=0.9, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 class ConvLayer(nnx.Module):
@@ -55,6 +67,36 @@ class GlobalPool(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
         """Maps activations of any size to one vector each."""
         return jnp.mean(x, axis=(1, 2))
+
+
+class MaxPool(nnx.Module):
+    """The maximum of windows of pixels; `round_up` lets the last window hang over the edge (PyTorch's `ceil_mode`)."""
+
+    def __init__(self, size: int, stride: int, *, round_up: bool = False):
+        self.size = size
+        self.stride = stride
+        self.round_up = round_up
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        """Divides the sides of the image by the stride, less what the first window spans beyond it."""
+        over = [-(side - self.size) % self.stride if self.round_up else 0 for side in x.shape[1:3]]
+        window = (self.size, self.size)
+        return nnx.max_pool(x, window, strides=(self.stride, self.stride), padding=tuple((0, end) for end in over))
+
+
+class AdaptivePool(nnx.Module):
+    """Averages images of any size into `side` × `side` pixels and flattens them to rows, columns, channels.
+
+    Windows are PyTorch's: from floor(i n / side) to ceil((i + 1) n / side), so they overlap where n is no multiple.
+    """
+
+    def __init__(self, side: int):
+        self.side = side
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B D"]:
+        """Maps activations of any size to one vector of side² C each."""
+        x = _averages(_averages(x, self.side, axis=1), self.side, axis=2)
+        return x.reshape(x.shape[0], -1)  # [B side side C] -> [B side·side·C]
 
 
 class BasicBlock(nnx.Module):
@@ -88,3 +130,11 @@ class BasicBlock(nnx.Module):
 def linear_head(in_features: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     """Returns the last stage; it computes in float32 whatever the other stages do, so logits are float32."""
     return nnx.Linear(in_features, num_classes, dtype=jnp.float32, rngs=rngs)
+
+
+def _averages(x: Float[Array, "B H W C"], count: int, *, axis: int) -> Float[Array, "B h w C"]:
+    """Returns `count` averages along an axis; static slices, so that nothing depends on the values."""
+    side = x.shape[axis]
+    windows = [(index * side // count, -(-(index + 1) * side // count)) for index in range(count)]
+    means = [jnp.mean(jax.lax.slice_in_dim(x, *window, axis=axis), axis=axis) for window in windows]
+    return jnp.stack(means, axis=axis)
