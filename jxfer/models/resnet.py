@@ -1,4 +1,4 @@
-"""Residual networks with 18, 34 and 50 layers (He et al. 2015, arXiv:1512.03385, table 1).
+"""Residual networks with 18, 34, 50 and 101 layers (He et al. 2015, arXiv:1512.03385, table 1).
 
 As in torchvision's version 1.5 the stride of a bottleneck is in its 3×3 convolution; the paper has it in the first 1×1.
 """
@@ -44,6 +44,7 @@ CONFIGS = {
     "resnet18": ResNetConfig((2, 2, 2, 2)),
     "resnet34": ResNetConfig((3, 4, 6, 3)),
     "resnet50": ResNetConfig((3, 4, 6, 3), block="bottleneck"),
+    "resnet101": ResNetConfig((3, 4, 23, 3), block="bottleneck"),
     "resnet18_32": ResNetConfig((2, 2, 2, 2), small_images=True),
     "resnet34_32": ResNetConfig((3, 4, 6, 3), small_images=True),
     "resnet50_32": ResNetConfig((3, 4, 6, 3), block="bottleneck", small_images=True),
