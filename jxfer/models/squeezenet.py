@@ -1,9 +1,9 @@
 """SqueezeNet 1.1: AlexNet's accuracy with 1.2 million parameters (Iandola et al. 2016, arXiv:1602.07360).
 
-The published top is a 1×1 convolution to the classes, a ReLU and then the average over the pixels. That ReLU makes it no
-function of the averaged features, so no linear head equals it. Ours is a linear layer on the average of the last fire
-module's 512 channels, like every other head here. Published weights are taken over without their top, and the dropout
-that belonged to it is left out as well.
+The published top is a 1×1 convolution to the classes, a ReLU and then the average over the pixels. That ReLU makes it
+no function of the averaged features, so no linear head equals it. Ours is a linear layer on the average of the last
+fire module's 512 channels, like every other head here. Published weights are taken over without their top, and the
+dropout that belonged to it is left out as well.
 """
 
 import dataclasses
