@@ -44,7 +44,7 @@ class Setting:
     """A network, its data, and how many steps of each loop make a round."""
 
     model: str
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int]
     steps_per_round: int
     rounds: int
     batch_size: int = 64
@@ -259,19 +259,19 @@ def shuffled(images: np.ndarray, labels: np.ndarray, batch_size: int) -> Iterato
 def make_data(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """Returns random images and labels."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (setting.num_examples, *setting.image_shape), dtype=np.uint8)
+    images = rng.integers(0, 256, (setting.num_examples, *setting.input_shape), dtype=np.uint8)
     return images, rng.integers(0, NUM_CLASSES, setting.num_examples).astype(np.int32)
 
 
 def build(setting: Setting) -> nnx.Module:
     """Builds the network with random weights."""
     config = ModelConfig(setting.model)
-    return models.build(config, num_classes=NUM_CLASSES, image_shape=setting.image_shape, rngs=nnx.Rngs(0))
+    return models.build(config, num_classes=NUM_CLASSES, input_shape=setting.input_shape, rngs=nnx.Rngs(0))
 
 
 def title(setting: Setting) -> str:
     """Returns what is measured, in one line."""
-    rows, columns, _ = setting.image_shape
+    rows, columns, _ = setting.input_shape
     what = f"{setting.model} at {rows}×{columns}, batch {setting.batch_size}"
     return f"{what}: {setting.rounds} rounds of {setting.steps_per_round} step(s), median ratio (quartiles)"
 

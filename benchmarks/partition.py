@@ -40,7 +40,7 @@ class Setting:
     """A network, its batches, and how many steps of each way make a round."""
 
     model: str
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int]
     last_stage: str
     steps_per_round: int
     rounds: int
@@ -195,21 +195,21 @@ def repeat(step: Callable[[], jax.Array], num_steps: int) -> None:
 def build(setting: Setting) -> nnx.Module:
     """Builds the network with random weights."""
     config = ModelConfig(setting.model)
-    return models.build(config, num_classes=NUM_CLASSES, image_shape=setting.image_shape, rngs=nnx.Rngs(0))
+    return models.build(config, num_classes=NUM_CLASSES, input_shape=setting.input_shape, rngs=nnx.Rngs(0))
 
 
 def make_batch(setting: Setting) -> Batch:
     """Returns random images and labels on the device."""
     rng = np.random.default_rng(0)
-    image = rng.normal(size=(setting.batch_size, *setting.image_shape)).astype(np.float32)
+    image = rng.normal(size=(setting.batch_size, *setting.input_shape)).astype(np.float32)
     return {"image": jnp.asarray(image), "label": jnp.asarray(rng.integers(0, NUM_CLASSES, setting.batch_size))}
 
 
-def probe_bytes(name: str, image_shape: tuple[int, int, int], *, num_classes: int) -> tuple[int, int]:
+def probe_bytes(name: str, input_shape: tuple[int, int, int], *, num_classes: int) -> tuple[int, int]:
     """Returns the bytes of a linear probe's optimizer state and of its head, from shapes alone."""
 
     def abstract() -> nnx.Module:
-        return models.build(ModelConfig(name), num_classes=num_classes, image_shape=image_shape, rngs=nnx.Rngs(0))
+        return models.build(ModelConfig(name), num_classes=num_classes, input_shape=input_shape, rngs=nnx.Rngs(0))
 
     partition = Partition.of(nnx.eval_shape(abstract), HEAD)
     head = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in partition.trainable}
@@ -219,7 +219,7 @@ def probe_bytes(name: str, image_shape: tuple[int, int, int], *, num_classes: in
 
 def title(setting: Setting) -> str:
     """Returns what is measured, in one line."""
-    rows, columns, _ = setting.image_shape
+    rows, columns, _ = setting.input_shape
     what = f"{setting.model} at {rows}×{columns}, batch {setting.batch_size}"
     return f"{what}: {setting.rounds} rounds of {setting.steps_per_round} step(s), median ratio (quartiles)"
 

@@ -163,4 +163,4 @@ def source_model(experiment: Experiment, directory: Path, session: Session) -> S
 
 def _task_without_source(experiment: Experiment) -> Task:
     target = load_data(experiment.target)
-    return Task(target.class_names, target.class_names, target.image_shape)
+    return Task(target.class_names, target.class_names, target.input_shape)

@@ -23,6 +23,9 @@ from jxfer.config import (
 from jxfer.paths import nearest
 from jxfer.typing import InputError
 
+UNIONS = (types.UnionType, typing.Union)
+"""How Python spells `A | B`, which depends on what A is."""
+
 _Range: TypeAlias = tuple[str, Callable[[Any], bool]]
 """What a value must be, in words and as a test."""
 
@@ -38,6 +41,14 @@ _FOLDER: _Range = (
     lambda value: re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) is not None,
 )
 
+
+def _origin(other: str) -> _Range:
+    """Returns the range of a string that says where something published lies, or is of another kind."""
+    kinds = (other.partition(":")[0], "hf", "file", "pkg")
+    words = f"`{other}`, `hf:OWNER/NAME[@REVISION]`, `file:PATH` or `pkg:NAME`"
+    return words, lambda value: any(value.startswith(f"{kind}:") for kind in kinds)
+
+
 _FINITE: _Range = ("finite", lambda value: not isinstance(value, float) or math.isfinite(value))
 
 _RANGES: dict[type, dict[str, _Range]] = {
@@ -50,6 +61,11 @@ _RANGES: dict[type, dict[str, _Range]] = {
     DataConfig: {
         "image_size": _AT_LEAST_1,
         "channels": ("1 or 3", lambda value: value in (1, 3)),
+        "crop_fraction": _SHARE,
+        "tokenizer": _origin("words:N"),
+        "max_tokens": _AT_LEAST_1,
+        "sample_rate": _AT_LEAST_1,
+        "seconds": _POSITIVE,
         "std": _NOT_ZERO,
         "test_fraction": _INSIDE,
         "validation_fraction": _INSIDE,
@@ -72,13 +88,13 @@ _RANGES: dict[type, dict[str, _Range]] = {
     },
     MeshConfig: {"fsdp": _AT_LEAST_1, "model": _AT_LEAST_1},
     SourceConfig: {
-        "weights": ("`run:DIR`", lambda value: value.startswith("run:")),
+        "weights": _origin("run:DIR"),
         "seed": _NOT_NEGATIVE,
     },
     ModelConfig: {},
     SearchConfig: {"learning_rate": _POSITIVE, "weight_decay": _NOT_NEGATIVE},
     Group: {"learning_rate_scale": _NOT_NEGATIVE, "weight_decay_scale": _NOT_NEGATIVE},
-    Phase: {"share": _SHARE},
+    Phase: {"share": _SHARE, "layer_decay": _SHARE},
     Method: {"name": _FOLDER},
     Experiment: {"name": _FOLDER, "shots": _AT_LEAST_1, "seeds": _AT_LEAST_1},
 }
@@ -109,7 +125,7 @@ def describe(hint: Any) -> str:
     args = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, args))
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in UNIONS:
         return " or ".join(describe(kind) for kind in args)
     if typing.get_origin(hint) is tuple and args[-1] is Ellipsis:
         return f"several, each {describe(args[0])}"
@@ -152,7 +168,7 @@ def _conforms(value: Any, hint: Any) -> bool:
     args = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return value in args
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in UNIONS:
         return any(_conforms(value, kind) for kind in args)
     if typing.get_origin(hint) is tuple:
         kinds = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
@@ -172,9 +188,9 @@ def _check_train(place: str, train: TrainConfig) -> None:
 
 
 def _check_data(place: str, data: DataConfig) -> None:
-    sizes = {len(data.mean), len(data.std)}
+    sizes = {len(values) for values in (data.mean, data.std) if values is not None}
     if 0 in sizes or (len(sizes) == 2 and 1 not in sizes):
-        counts = f"{place}.mean has {len(data.mean)} values and {place}.std {len(data.std)}"
+        counts = f"{place}.mean has {len(data.mean or ())} values and {place}.std {len(data.std or ())}"
         raise InputError(f"{counts}; give one for all channels or one for each")
 
 
@@ -190,7 +206,7 @@ def _check_method(method: Method) -> None:
     _check_distinct(f"method `{method.name}`: phases", [phase.name for phase in method.phases])
     for phase in method.phases:
         place = f"method `{method.name}`, phase `{phase.name}`"
-        if not phase.train:
+        if not phase.train and not phase.statistics:
             raise InputError(f"{place} trains nothing; give it labels in `train`: {', '.join(labels)}")
         for label in phase.train:
             if label not in labels:

@@ -38,18 +38,38 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """A data set and how its pixels are prepared."""
+    """A data set and how its examples are prepared; what is None here comes with the source's weights, if they say."""
 
     name: str = "tfds:jxfer_digits"
-    """`tfds:NAME[/CONFIG][:VERSION]`, `tfds:DIR` for a prepared folder, or `folder:PATH`."""
+    """`tfds:NAME[/CONFIG][:VERSION]`, `tfds:DIR` for a prepared folder, `folder:PATH`, or
+    `table:FILE` (csv, tsv, jsonl)."""
     image_size: int | None = None
-    """Side in pixels to which images are resized on reading; None keeps the size they all have."""
+    """Side in pixels to which images are resized on reading; None at last keeps the size they all have."""
     channels: int | None = None
-    """1 or 3 to convert on reading; None keeps what the data set has."""
-    mean: tuple[float, ...] = (0.5,)
-    """Subtracted per channel from pixels in [0, 1]."""
-    std: tuple[float, ...] = (0.5,)
-    """Divided by, after the mean."""
+    """1 or 3 to convert on reading; None at last keeps what the data set has."""
+    crop_fraction: float | None = None
+    """Share of the resized image's short side that the crop of its middle keeps; None at last is 1."""
+    resample: Literal["bilinear", "bicubic"] | None = None
+    """How images are resized; None at last is bilinear."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted per channel from pixels in [0, 1], in the channels' final order; None at last is 0.5."""
+    std: tuple[float, ...] | None = None
+    """Divided by, after the mean; None at last is 0.5."""
+    channel_order: Literal["rgb", "bgr"] | None = None
+    """None at last is rgb."""
+    tokenizer: str | None = None
+    """`hf:OWNER/NAME`, `pkg:NAME` or `file:PATH` of a `tokenizer.json`, or `words:N` for the N most frequent words of
+    the training texts; None at last is words:20000."""
+    max_tokens: int | None = None
+    """Length at which texts are cut; None at last is 128."""
+    sample_rate: int | None = None
+    """Samples per second to which sounds are resampled on reading; None at last keeps what they all have."""
+    seconds: float | None = None
+    """Length to which sounds are cut or filled with silence; None at last is that of the longest."""
+    text_columns: tuple[str, ...] = ("text",)
+    """Of a table: the columns, by name, or by number from 1 where the file has no header, whose texts are joined."""
+    label_column: str = "label"
+    """Of a table, likewise."""
     test_fraction: float = 0.5
     """Share of each class held out as the test split when the data set has none; the same for every seed."""
     validation_fraction: float = 0.3
@@ -57,12 +77,31 @@ class DataConfig:
     augment: AugmentConfig = AugmentConfig()
 
 
+PREPROCESSING = (
+    "image_size",
+    "channels",
+    "crop_fraction",
+    "resample",
+    "mean",
+    "std",
+    "channel_order",
+    "tokenizer",
+    "max_tokens",
+    "sample_rate",
+    "seconds",
+)
+"""The fields of `DataConfig` that travel with weights."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The network: a name from `jxfer list models` and the type it computes in (parameters stay float32)."""
 
     name: str = "convnet"
+    """`auto` is the network that the source's weights are of."""
     dtype: DType = "float32"
+    size: tuple[tuple[str, str], ...] = ()
+    """Fields of the named size to change, such as `(("num_layers", "2"), ("scan", "true"))`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +149,18 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """What the weights come from: a data set to pre-train on once, or the weights of a finished run."""
+    """What the weights come from: a data set to pre-train on once, the weights of a finished run, or published ones."""
 
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     weights: str | None = None
-    """`run:DIR` to take the weights of a finished run; None pre-trains on `data`."""
+    """`run:DIR`, the weights of a finished run; `hf:OWNER/NAME[@REVISION]`, `file:PATH` or `pkg:NAME`, published ones;
+    None pre-trains on `data`."""
+    load: tuple[tuple[str, str], ...] = ()
+    """Rules for published weights: pattern over parameter paths -> `resize` or `reinitialise`, or over the file's own
+    names -> `skip`. What no rule names must be in the file, fit, and be used."""
+    classes: tuple[str, ...] = ()
+    """Names of the published head's classes, in order, where the files do not say."""
     seed: int = 0
 
 
@@ -146,6 +191,10 @@ class Phase:
     """Part of the run's `num_steps`; the shares of a method's phases add up to 1."""
     groups: tuple[tuple[str, Group], ...] = ()
     """Label -> group, for the labels that differ from `Group()`."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate per stage of distance from the head."""
+    statistics: bool = False
+    """Whether normalisation statistics of frozen layers are estimated anew from the training batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +228,8 @@ class Experiment:
     shots: tuple[int | None, ...] = (None,)
     """Labelled training examples per class; `none` (Python None) takes all there are."""
     seeds: int = 5
+    save: Literal["full", "delta"] = "full"
+    """Whether a finished run keeps all weights, or only those that differ from its source's, with the source's hash."""
     features: Literal["auto", "off"] = "auto"
     """`auto` trains on stored features wherever that gives the same result; `off` always runs the whole model."""
     wandb: bool = False
@@ -215,7 +266,7 @@ def from_dict(cls: Any, values: Any) -> Any:
         args = typing.get_args(cls)
         element = [args[0]] * len(values) if args[-1] is Ellipsis else args
         return tuple(from_dict(kind, value) for kind, value in zip(element, values, strict=True))
-    if isinstance(cls, types.UnionType) and values is not None:
+    if typing.get_origin(cls) in (types.UnionType, typing.Union) and values is not None:
         return from_dict(next(kind for kind in typing.get_args(cls) if kind is not type(None)), values)
     return values
 

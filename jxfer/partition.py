@@ -6,6 +6,7 @@ has parameters: normalisation statistics move only where the whole layer trains,
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,9 +18,13 @@ from flax import nnx
 
 from jxfer import paths
 from jxfer.config import Group
+from jxfer.models.stages import stage_of
 from jxfer.typing import Arrays, InputError, Path, PyTree, Rules
 
 FROZEN = "frozen"
+
+STATISTICS = "statistics"
+"""The label of normalisation statistics that are estimated anew whatever their layers do."""
 
 Kind = Literal["parameter", "statistic", "random"]
 Keys = tuple[Any, ...]
@@ -86,15 +91,25 @@ class Partition:
 
     leaves: tuple[Leaf, ...]
     groups: tuple[tuple[str, Group], ...] = ()
+    statistics: bool = False
+    """Whether all normalisation statistics move."""
 
     @classmethod
-    def of(cls, model: nnx.Module, rules: Rules, *, groups: Mapping[str, Group] | None = None) -> "Partition":
+    def of(
+        cls,
+        model: nnx.Module,
+        rules: Rules,
+        *,
+        groups: Mapping[str, Group] | None = None,
+        statistics: bool = False,
+    ) -> "Partition":
         """Labels a model, real or abstract (`nnx.eval_shape`).
 
         Args:
           model: any NNX module.
           rules: pattern -> label; the label `frozen` is reserved for what does not train.
           groups: label -> how it trains, for the labels that differ from `Group()`.
+          statistics: whether the normalisation statistics of frozen layers move too.
 
         Raises:
           InputError: a parameter no rule covers, a rule that decides nothing, a group for a label that is not there.
@@ -106,12 +121,10 @@ class Partition:
             if name not in labels.values():
                 raise paths.unknown("label in groups:", name, dict.fromkeys(labels.values()))
         leaves = tuple(
-            Leaf(
-                path, keys, tuple(value.shape), str(value.dtype), kind, labels.get(path) or _follow(keys, kind, labels)
-            )
+            Leaf(path, keys, tuple(value.shape), str(value.dtype), kind, _label(path, keys, kind, labels, statistics))
             for path, keys, kind, value in variables
         )
-        return cls(leaves, tuple(sorted(groups.items())))
+        return cls(leaves, tuple(sorted(groups.items())), statistics)
 
     @property
     def labels(self) -> dict[Path, str]:
@@ -198,10 +211,20 @@ class Partition:
     def train_graphdef(self, model: nnx.Module) -> nnx.GraphDef:
         """Returns the structure for training: frozen layers normalise by their statistics and drop nothing out."""
         labels = self.labels
-        view = _copy(model)
+        view: Any = _copy(model)
         for keys, module in nnx.iter_modules(view):
-            _set_mode(module, *_modes(keys, labels))
+            _set_mode(module, *_modes(keys, labels, self.statistics))
+        if getattr(view, "scan", False):
+            view.cuts = self._cuts(view.stages)
         return nnx.graphdef(view)
+
+    def _cuts(self, stages: Sequence[str]) -> tuple[str, ...]:
+        """Returns the stages whose labels differ from those of the stage before: a loop over blocks must not cross."""
+        labels: dict[str | None, set[str]] = {}
+        for path, label in self.labels.items():
+            labels.setdefault(stage_of(path, tuple(stages)), set()).add(label)
+        pairs = itertools.pairwise(stages)
+        return tuple(stage for before, stage in pairs if labels.get(before) != labels.get(stage))
 
     def random_modules(self, graphdef: nnx.GraphDef) -> tuple[Path, ...]:
         """Returns the modules of frozen layers that are not in inference mode in `graphdef`: there should be none."""
@@ -211,8 +234,7 @@ class Partition:
         return tuple(
             "/".join(map(str, keys))
             for keys, module in nnx.iter_modules(module)
-            if (_modes(keys, labels)[0] and getattr(module, "deterministic", None) is False)
-            or (_modes(keys, labels)[1] and getattr(module, "use_running_average", None) is False)
+            if _breaks(module, *_modes(keys, labels, self.statistics))
         )
 
     def audit(self, before: Mapping[Path, str], after: Mapping[Path, str], graphdef: nnx.GraphDef) -> Audit:
@@ -257,9 +279,9 @@ def frozen_boundary(partition: Partition, stages: Sequence[str]) -> str | None:
 
     That is where it is the model's first stage, where nothing moves, or where something outside all stages does.
     """
-    moving = {leaf.path.split("/")[0] for leaf in partition.leaves if leaf.moves}
+    moving = {stage_of(leaf.path, tuple(stages)) for leaf in partition.leaves if leaf.moves}
     first = next((stage for stage in stages if stage in moving), None)
-    return None if moving - set(stages) or first in stages[:1] else first
+    return None if None in moving or first in stages[:1] else first
 
 
 def fingerprint(arrays: Mapping[Path, jax.Array]) -> dict[Path, str]:
@@ -321,9 +343,22 @@ def _follow(keys: Keys, kind: Kind, labels: Mapping[Path, str]) -> str:
     return moving[0]
 
 
-def _modes(keys: Keys, labels: Mapping[Path, str]) -> tuple[bool, bool]:
+def _label(path: Path, keys: Keys, kind: Kind, labels: Mapping[Path, str], statistics: bool) -> str:
+    own = labels.get(path) or _follow(keys, kind, labels)
+    return STATISTICS if statistics and kind == "statistic" and own == FROZEN else own
+
+
+def _modes(keys: Keys, labels: Mapping[Path, str], statistics: bool) -> tuple[bool, bool]:
     """Returns whether a module is deterministic and whether it uses running averages while its partition trains."""
-    return _follow((*keys, ""), "random", labels) == FROZEN, _follow((*keys, ""), "statistic", labels) == FROZEN
+    averages = not statistics and _follow((*keys, ""), "statistic", labels) == FROZEN
+    return _follow((*keys, ""), "random", labels) == FROZEN, averages
+
+
+def _breaks(module: nnx.Module, deterministic: bool, use_running_average: bool) -> bool:
+    """Tells whether a module is in training mode where it should not be."""
+    return (deterministic and getattr(module, "deterministic", None) is False) or (
+        use_running_average and getattr(module, "use_running_average", None) is False
+    )
 
 
 def _set_mode(module: nnx.Module, deterministic: bool, use_running_average: bool) -> None:

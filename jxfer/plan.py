@@ -12,24 +12,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jxfer import models, optim, paths
-from jxfer.config import DataConfig, Experiment, Method, ModelConfig, Phase, TrainConfig
+from jxfer.config import DataConfig, Experiment, Method, ModelConfig, TrainConfig
 from jxfer.cost import Cost, cost_of
 from jxfer.data import Dataset, Prepare, load_dataset
+from jxfer.models.stages import pack
 from jxfer.objectives import classification
-from jxfer.partition import FROZEN, Partition, arrays_of, frozen_boundary
+from jxfer.partition import Partition, arrays_of
+from jxfer.planned import PlannedPhase, plan_phases
 from jxfer.step import (
     EvalStep,
     Fixed,
     FromStage,
     TrainState,
     TrainStep,
-    from_image,
+    from_input,
     init_state,
     make_eval_step,
     make_train_step,
 )
-from jxfer.typing import Arrays, Batch, InputError
+from jxfer.typing import Arrays, Batch, Input, InputError
 from jxfer.weights.load import load_into
+
+_DTYPES = {"image": jnp.uint8, "text": jnp.int32, "audio": jnp.int16}
+"""Of what a data set holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,21 +43,10 @@ class Task:
 
     source_classes: tuple[str, ...]
     target_classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedPhase:
-    """A phase resolved against a model."""
-
-    phase: Phase
-    num_steps: int
-    partition: Partition
-    boundary: str | None
-    """The first stage that is not frozen; None where nothing before it could be stored."""
-    stored: bool
-    """Whether the phase trains on stored activations before `boundary`."""
-    why: str
+    input_shape: tuple[int, ...]
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """How the target's examples are prepared."""
+    input: Input = "image"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +104,9 @@ class Plan:
 
 def base_model(config: ModelConfig, method: Method, task: Task, *, seed: int) -> nnx.Module:
     """Returns the model before transfer, with random weights, for the classes of what the method starts from."""
-    num_classes = len(task.source_classes if method.start == "source" else task.target_classes)
-    return models.build(config, num_classes=num_classes, image_shape=task.image_shape, rngs=nnx.Rngs(seed))
+    # Weights that come without a head leave the target's; then every method that transfers has to bring one.
+    classes = (method.start == "source" and task.source_classes) or task.target_classes
+    return models.build(config, num_classes=len(classes), input_shape=task.input_shape, rngs=nnx.Rngs(seed))
 
 
 def target_model(
@@ -136,7 +131,7 @@ def target_model(
         load_into(model, _except(fresh, source, arrays_of(model)), what="source weights")
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
     for surgery in method.surgeries:
-        surgery(model, source_classes=classes, target_classes=task.target_classes, rngs=rngs)
+        surgery(model, source_classes=classes, target_classes=task.target_classes, data=task.data, rngs=rngs)
     head = getattr(model, "head", None)
     output = getattr(head, "out", head)
     fits = not isinstance(output, nnx.Linear) or output.out_features == len(task.target_classes)
@@ -148,34 +143,13 @@ def target_model(
     return model
 
 
-def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tuple[PlannedPhase, ...]:
-    """Resolves a method's phases against a model, real or abstract.
-
-    Raises:
-      InputError: the rules do not fit the model, or a phase trains a label that no parameter has.
-    """
-    stages = tuple(getattr(model, "stages", ()))
-    rules = [(_resolve(pattern, model, stages), label) for pattern, label in method.rules]
-    ends = [
-        round(sum(phase.share for phase in method.phases[: i + 1]) * experiment.train.num_steps)
-        for i in range(len(method.phases))
-    ]
-    planned = []
-    for phase, start, end in zip(method.phases, [0, *ends], ends, strict=False):
-        partition = _phase_partition(method, phase, model, rules)
-        boundary = frozen_boundary(partition, stages)
-        stored, why = _feature_choice(experiment, boundary)
-        planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why))
-    return tuple(planned)
-
-
 def phase_steps(
     experiment: Experiment, method: Method, planned: PlannedPhase, num_classes: int
 ) -> tuple[TrainStep, EvalStep]:
     """Returns the training and evaluation steps of a phase; equal phases get the very same ones."""
     train = experiment.train
     objective = classification(train.label_smoothing)
-    apply = FromStage(planned.boundary) if planned.stored and planned.boundary else from_image
+    apply = FromStage(planned.boundary) if planned.stored and planned.boundary else from_input
     train_prepare, eval_prepare = (
         (None, None) if planned.stored else (prepare_images(experiment, num_classes, train=t) for t in (True, False))
     )
@@ -248,25 +222,25 @@ def task_of(experiment: Experiment) -> Task:
     target = load_data(experiment.target)
     if experiment.source.weights is None:
         source = load_data(experiment.source.data)
-        source_classes, channels = source.class_names, source.image_shape[-1]
+        source_classes, channels = source.class_names, source.input_shape[-1]
     else:
         record = source_directory(experiment.source.weights) / "config.json"
         if not record.exists():
             raise InputError(f"source.weights `{experiment.source.weights}`: no run there, '{record}' does not exist")
         source_classes, channels = _task_of_run(record)
-    if channels != target.image_shape[-1]:
+    if channels != target.input_shape[-1]:
         raise InputError(
-            f"the source's images have {channels} channels, the target's {target.image_shape[-1]}; "
+            f"the source's images have {channels} channels, the target's {target.input_shape[-1]}; "
             f"set target.channels={channels}"
         )
-    return Task(source_classes, target.class_names, target.image_shape)
+    return Task(source_classes, target.class_names, target.input_shape)
 
 
 def _task_of_run(record: Path) -> tuple[tuple[str, ...], int]:
     """Returns classes and channels that the `config.json` of a run gives."""
     try:
         task = json.loads(record.read_text())["task"]
-        return tuple(task["target_classes"]), int(task["image_shape"][-1])
+        return tuple(task["target_classes"]), int(task["input_shape"][-1])
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"'{record}' is not the record of a jxfer run; give the folder of a finished run") from error
 
@@ -311,37 +285,6 @@ def _except(fresh: Sequence[str], source: Mapping[str, Any], own: Mapping[str, A
     return kept | {path: own[path] for path in replaced(own)}
 
 
-def _phase_partition(method: Method, phase: Phase, model: nnx.Module, rules: Sequence[tuple[str, str]]) -> Partition:
-    labels = {label for _, label in rules}
-    for label in (*phase.train, *(name for name, _ in phase.groups)):
-        if label not in labels:
-            raise paths.unknown(f"label in phase `{phase.name}` of method `{method.name}`:", label, sorted(labels))
-    phase_rules = [(pattern, label if label in phase.train else FROZEN) for pattern, label in rules]
-    groups = {label: group for label, group in phase.groups if label in phase.train}
-    return Partition.of(model, phase_rules, groups=groups)
-
-
-def _resolve(pattern: str, model: nnx.Module, stages: Sequence[str]) -> str:
-    if "{last}" not in pattern:
-        return pattern
-    parameters = {path.split("/")[0] for path in arrays_of(model)}
-    before_head = [stage for stage in stages if stage in parameters and stage != "head"]
-    if not before_head:
-        name = type(model).__name__
-        raise InputError(f"rule `{pattern}` needs a stage before the head; {name}.stages names none with parameters")
-    return pattern.replace("{last}", before_head[-1])
-
-
-def _feature_choice(experiment: Experiment, boundary: str | None) -> tuple[bool, str]:
-    if boundary is None:
-        return False, "online: the first stage trains, so there is no frozen prefix to store"
-    if experiment.features == "off":
-        return False, "online: features=off"
-    if experiment.target.augment.active:
-        return False, "online: every step sees a newly augmented image"
-    return True, f"stored: the frozen stages before `{boundary}` run once per example"
-
-
 def _abstract_state(
     experiment: Experiment, method: Method, planned: PlannedPhase, model: nnx.Module
 ) -> tuple[TrainState, Fixed]:
@@ -356,13 +299,14 @@ def _abstract_state(
 
 def _abstract_batch(experiment: Experiment, planned: PlannedPhase, model: nnx.Module, task: Task) -> Batch:
     size = experiment.train.batch_size
-    image = jax.ShapeDtypeStruct((size, *task.image_shape), jnp.uint8)
+    inputs = jax.ShapeDtypeStruct((size, *task.input_shape), _DTYPES[task.input])
     labels = {
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
         "mask": jax.ShapeDtypeStruct((size,), jnp.float32),
     }
     if not planned.stored:
-        return {"image": image, **labels}
-    pixels = jax.ShapeDtypeStruct(image.shape, jnp.float32)
-    run = nnx.eval_shape(lambda module, x: models.run_stages(module, x, stop=planned.boundary), model, pixels)
-    return {"features": jax.ShapeDtypeStruct(run.shape, run.dtype), **labels}
+        return {task.input: inputs, **labels}
+    dtype = jnp.int32 if task.input == "text" else jnp.float32
+    prepared = jax.ShapeDtypeStruct(inputs.shape, dtype)
+    run = nnx.eval_shape(lambda module, x: models.run_stages(module, x, stop=planned.boundary), model, prepared)
+    return {**pack(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run)), **labels}

@@ -106,7 +106,13 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
     started = time.perf_counter()
     dataset = load_data(job.experiment.target)
     drawn = data.draw(dataset, job.experiment.target, job.shots, job.seed)
-    task = Task(source.classes if source else dataset.class_names, dataset.class_names, dataset.image_shape)
+    task = Task(
+        source.classes if source else dataset.class_names,
+        dataset.class_names,
+        dataset.input_shape,
+        job.experiment.target,
+        dataset.input,
+    )
     hashes = {
         "config_hash": job.config_hash,
         "subset_hash": drawn.subset_hash,
@@ -286,7 +292,7 @@ def _measure(job: Job, task: Task, drawn: data.Drawn, directory: Path, chosen: O
     metadata = {
         "model": config.to_dict(job.experiment.model),
         "classes": list(task.target_classes),
-        "image_shape": list(task.image_shape),
+        "input_shape": list(task.input_shape),
         "data": config.to_dict(job.experiment.target),
     }
     checkpoint.save_arrays(directory / "checkpoints" / "final", arrays, metadata=metadata)

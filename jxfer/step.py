@@ -15,11 +15,11 @@ import optax
 from flax import nnx
 
 from jxfer.config import MeshConfig
-from jxfer.models.stages import run_stages
+from jxfer.models.stages import run_stages, unpack
 from jxfer.objectives import Objective
 from jxfer.partition import Partition, arrays_of, eval_graphdef
 from jxfer.sharding import param_specs, place, state_shardings
-from jxfer.typing import Arrays, Batch, InputError, Metrics, PyTree
+from jxfer.typing import INPUTS, Arrays, Batch, InputError, Metrics, PyTree
 
 Apply = Callable[[Any, Batch], jax.Array]
 """Runs a module on a batch: `(model, batch) -> outputs`."""
@@ -133,9 +133,9 @@ def merge_state(state: TrainState, fixed: Fixed) -> Arrays:
     return fixed.definition.partition.merge(moving, {**fixed.params, **fixed.variables})
 
 
-def from_image(model: Any, batch: Batch) -> jax.Array:
-    """Runs the whole model on `image`."""
-    return model(batch["image"])
+def from_input(model: Any, batch: Batch) -> jax.Array:
+    """Runs the whole model on the batch's `image`, `text` or `audio`."""
+    return model(next(batch[name] for name in INPUTS if name in batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +146,14 @@ class FromStage:
 
     def __call__(self, model: Any, batch: Batch) -> jax.Array:
         """Returns the model's outputs."""
-        return run_stages(model, batch["features"], start=self.start)
+        return run_stages(model, unpack(batch), start=self.start)
 
 
 @functools.lru_cache(maxsize=128)
 def make_train_step(
     objective: Objective,
     *,
-    apply: Apply = from_image,
+    apply: Apply = from_input,
     prepare: Prepare | None = None,
     penalties: tuple[Callable[[Arrays, Arrays], jax.Array], ...] = (),
     num_microbatches: int = 1,
@@ -193,7 +193,7 @@ def make_train_step(
 
 
 @functools.lru_cache(maxsize=128)
-def make_eval_step(objective: Objective, *, apply: Apply = from_image, prepare: Prepare | None = None) -> EvalStep:
+def make_eval_step(objective: Objective, *, apply: Apply = from_input, prepare: Prepare | None = None) -> EvalStep:
     """Returns the jitted evaluation `(state, fixed, batch) -> (sums, outputs)`, with every layer in inference mode."""
 
     def eval_step(state: TrainState, fixed: Fixed, batch: Batch) -> tuple[Metrics, jax.Array]:

@@ -1,13 +1,17 @@
 """Names for what flows through jxfer, the axis letters of its shapes, and its one user-facing error.
 
-Axis letters: B batch, N examples of a split, K classes, H W C image rows, columns, channels, D features.
+Axis letters: B batch, N examples of a split, K classes, H W C image rows, columns, channels, L tokens of a text,
+T samples of a sound, D features.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    from jxfer.config import DataConfig
 
 PyTree: TypeAlias = Any
 Path: TypeAlias = str
@@ -22,8 +26,14 @@ The values are arrays of jax, of NumPy where they come from disk, or `jax.ShapeD
 Rules: TypeAlias = Sequence[tuple[str, Any]]
 """Ordered `(pattern, value)` pairs over paths; the first match wins (`jxfer.paths`)."""
 
+Input: TypeAlias = Literal["image", "text", "audio"]
+"""What a model reads and a data set holds; also the key under which a batch has it."""
+
+INPUTS: tuple[Input, ...] = get_args(Input)
+
 Batch: TypeAlias = Mapping[str, Any]
-"""`image` [B H W C] or `features` [B ...], `label` [B] int32, `mask` [B] float32 with 0 on padded rows."""
+"""`image` [B H W C], `text` [B L] token ids, `audio` [B T] or stored `features` [B ...]; `label` [B] int32, `mask` [B]
+float32 with 0 on padded rows."""
 
 HostBatch: TypeAlias = dict[str, np.ndarray]
 """The same, as NumPy arrays on their way to the devices."""
@@ -63,6 +73,18 @@ class Surgery(Protocol):
         """Patterns of the source's parameters that this surgery replaces, so that they need not fit."""
         ...
 
-    def __call__(self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: Any) -> None:
-        """Alters the module in place; must also work on an abstract one inside `nnx.eval_shape`."""
+    def __call__(
+        self,
+        model: Any,
+        *,
+        source_classes: Sequence[str],
+        target_classes: Sequence[str],
+        data: "DataConfig",
+        rngs: Any,
+    ) -> None:
+        """Alters the module in place; must also work on an abstract one inside `nnx.eval_shape`.
+
+        `source_classes` is empty where the source's weights came without a head; `data` says how the target's examples
+        are prepared.
+        """
         ...

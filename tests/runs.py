@@ -79,7 +79,7 @@ def write_data(root: Path) -> Experiment:
 def build_source(model: str) -> nnx.Module:
     """Builds a network for the source's classes."""
     num_classes = len(SOURCE_CLASSES)
-    return models.build(ModelConfig(model), num_classes=num_classes, image_shape=(8, 8, 1), rngs=nnx.Rngs(7))
+    return models.build(ModelConfig(model), num_classes=num_classes, input_shape=(8, 8, 1), rngs=nnx.Rngs(7))
 
 
 def write_source(directory: Path, model: str) -> run.Source:

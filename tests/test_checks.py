@@ -73,7 +73,7 @@ def test_every_method_passes(name):
         (trial(train=TrainConfig(label_smoothing=1.0)), "0 or more and less than 1"),
         (trial(train=TrainConfig(checkpoint_every=0)), "train.checkpoint_every is 0"),
         (trial(source=SourceConfig(train=TrainConfig(num_steps=-1))), "source.train.num_steps is -1"),
-        (trial(source=SourceConfig(weights="out/x")), "source.weights is 'out/x'; it must be `run:DIR`"),
+        (trial(source=SourceConfig(weights="out/x")), "source.weights is 'out/x'; it must be `run:DIR`, `hf:OWNER"),
         (trial(target=DataConfig(test_fraction=1.0)), "target.test_fraction is 1.0; it must be more than 0 and less"),
         (trial(target=DataConfig(std=(1.0, 0.0, 1.0), mean=(0.5,))), r"target.std is \(1.0, 0.0, 1.0\)"),
         (trial(target=DataConfig(mean=(0.5, 0.5), std=(1.0, 1.0, 1.0))), "target.mean has 2 values and target.std 3"),

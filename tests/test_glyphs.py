@@ -19,7 +19,7 @@ def test_both_resolutions_hold_the_same_renderings(small):
     fine = load_dataset(DataConfig(name="tfds:jxfer_glyphs/32x32"))
     coarse = load_dataset(DataConfig(name="tfds:jxfer_glyphs"))
     assert coarse.class_names == tuple(render.CHARACTERS)
-    assert (coarse.image_shape, fine.image_shape) == ((8, 8, 1), (32, 32, 1))
+    assert (coarse.input_shape, fine.input_shape) == ((8, 8, 1), (32, 32, 1))
     for split, num in (("train", 186), ("test", 62)):
         assert len(coarse.splits[split]) == num
         ink = fine.splits[split].arrays["image"][..., 0] // 255

@@ -17,7 +17,7 @@ LAYERS = (
     ("surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("step",),
-    ("cost", "plan", "features", "evaluate", "checkpoint", "logs", "loop", "phase"),
+    ("cost", "planned", "source", "plan", "features", "evaluate", "checkpoint", "logs", "loop", "phase"),
     ("run", "directory", "ablate"),
     ("report",),
     ("overrides", "progress", "session", "cli"),

@@ -27,9 +27,9 @@ COUNTS = {
 NAMES = ("convnet", "convnet_dropout", "resnet20", "resnet18", "resnet18_32", "resnet50")
 
 
-def build(name: str, *, image_shape=(32, 32, 3), dtype="float32", num_classes=10) -> nnx.Module:
+def build(name: str, *, input_shape=(32, 32, 3), dtype="float32", num_classes=10) -> nnx.Module:
     config = ModelConfig(name, dtype=dtype)
-    settings = {"num_classes": num_classes, "image_shape": image_shape}
+    settings = {"num_classes": num_classes, "input_shape": input_shape}
     return nnx.jit(lambda rngs: models.build(config, **settings, rngs=rngs))(nnx.Rngs(0))
 
 
@@ -58,10 +58,10 @@ def test_parameter_names_follow_torchvision():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("image_shape", [(32, 32, 1), (50, 37, 3)], ids=["grey", "oblong"])
-def test_logits_and_features_have_their_shapes(name, image_shape):
-    model = abstract(name, image_shape=image_shape, num_classes=7)
-    image = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+@pytest.mark.parametrize("input_shape", [(32, 32, 1), (50, 37, 3)], ids=["grey", "oblong"])
+def test_logits_and_features_have_their_shapes(name, input_shape):
+    model = abstract(name, input_shape=input_shape, num_classes=7)
+    image = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
     logits, features = nnx.eval_shape(lambda m, x: (m(x), m.features(x)), model, image)
     assert logits.shape == (2, 7)
     assert features.shape == (2, model.head.in_features)
@@ -79,7 +79,7 @@ def test_bfloat16_computes_in_bfloat16_around_float32_parameters_and_logits(name
 
 
 def test_statistics_stay_float32_when_training_in_bfloat16():
-    model = build("convnet", dtype="bfloat16", image_shape=(8, 8, 1))
+    model = build("convnet", dtype="bfloat16", input_shape=(8, 8, 1))
     model(jnp.ones((4, 8, 8, 1)))
     for _, statistic in nnx.to_flat_state(nnx.state(model, nnx.BatchStat)):
         assert statistic.get_value().dtype == jnp.float32
@@ -87,14 +87,14 @@ def test_statistics_stay_float32_when_training_in_bfloat16():
 
 def test_bfloat16_logits_are_near_the_float32_ones():
     image = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
-    exact, rounded = (build("convnet", dtype=dtype, image_shape=(8, 8, 1))(image) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (build("convnet", dtype=dtype, input_shape=(8, 8, 1))(image) for dtype in ("float32", "bfloat16"))
     # A bfloat16 has 8 significant bits; three layers and their norms add up to a few units in the last place.
     np.testing.assert_allclose(rounded, exact, atol=0.03 * float(jnp.abs(exact).max()))
 
 
 def test_dropout_is_random_in_training_and_absent_in_inference():
     image = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
-    model = build("convnet_dropout", image_shape=(8, 8, 1))
+    model = build("convnet_dropout", input_shape=(8, 8, 1))
     assert not jnp.array_equal(model(image), model(image))
     inference = nnx.view(model, deterministic=True, use_running_average=True)
     assert jnp.array_equal(inference(image), inference(image))
@@ -106,7 +106,7 @@ def test_only_the_size_with_dropout_holds_random_keys():
 
 
 def test_one_compilation_serves_all_batches_of_a_shape():
-    model = build("convnet", image_shape=(8, 8, 1))
+    model = build("convnet", input_shape=(8, 8, 1))
     graphdef, state = nnx.split(nnx.view(model, use_running_average=True))
     traces = []
 
@@ -121,15 +121,15 @@ def test_one_compilation_serves_all_batches_of_a_shape():
 
 
 def test_equal_keys_give_equal_weights():
-    first, second = (nnx.to_pure_dict(nnx.state(build("convnet", image_shape=(8, 8, 1)))) for _ in range(2))
+    first, second = (nnx.to_pure_dict(nnx.state(build("convnet", input_shape=(8, 8, 1)))) for _ in range(2))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, first, second))
 
 
 @pytest.mark.parametrize(("name", "least"), [("convnet", 4), ("resnet56", 4), ("resnet18_32", 8), ("resnet18", 32)])
 def test_images_smaller_than_the_total_stride_are_an_error(name, least):
-    abstract(name, image_shape=(least, least, 3))
+    abstract(name, input_shape=(least, least, 3))
     with pytest.raises(InputError, match=f"images of {least}×{least - 1} are too small for `{name}`.*{least}×{least}"):
-        abstract(name, image_shape=(least, least - 1, 3))
+        abstract(name, input_shape=(least, least - 1, 3))
 
 
 def test_an_unknown_model_is_an_error_that_names_the_nearest():

@@ -191,7 +191,7 @@ def converted(state: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 def filled(make: Any, config: Any, channels: int, classes: int, arrays: Mapping[str, np.ndarray]) -> nnx.Module:
     """Returns a model with these weights and statistics, every one of them used and of the model's own shape."""
-    settings = {"in_channels": channels, "num_classes": classes, "dtype": jnp.float32}
+    settings = {"input_shape": (32, 32, channels), "num_classes": classes, "dtype": jnp.float32}
     model = nnx.eval_shape(lambda: make(config, **settings, rngs=nnx.Rngs(0)))
     shapes = {keys: variable.get_value().shape for keys, variable in nnx.to_flat_state(nnx.state(model))}
     paths = {keys: "/".join(map(str, keys)) for keys in shapes}

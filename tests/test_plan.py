@@ -118,7 +118,7 @@ def test_a_method_that_keeps_the_head_of_other_classes_is_refused():
     keeps = dataclasses.replace(fine_tuning, name="keeps", surgeries=())
     with pytest.raises(InputError, match=r"`keeps` keeps the head of the source's 6 classes, .* target's 3; add"):
         plan_method(EXPERIMENT, keeps, TASK)
-    same = Task(TASK.target_classes, TASK.target_classes, TASK.image_shape)
+    same = Task(TASK.target_classes, TASK.target_classes, TASK.input_shape)
     model = base_model(ModelConfig(), keeps, same, seed=0)
     assert target_model(model, keeps, same, source=None, seed=0) is model
 
@@ -231,7 +231,7 @@ def test_planning_a_resnet50_makes_no_weight_and_a_probe_pays_for_its_head_alone
 def test_a_step_on_stored_features_costs_a_small_share_of_the_online_one():
     # The published size: in a tiny one the head is no small part.
     experiment = dataclasses.replace(EXPERIMENT, model=ModelConfig("resnet18"))
-    task = dataclasses.replace(TASK, image_shape=(32, 32, 3))
+    task = dataclasses.replace(TASK, input_shape=(32, 32, 3))
     ((_, stored),) = plan_method(experiment, linear_probe, task).phases
     ((_, online),) = plan_method(dataclasses.replace(experiment, features="off"), linear_probe, task).phases
     assert 0 < stored.step_flops < online.step_flops / 100
@@ -253,7 +253,7 @@ def test_the_classes_come_from_the_data_and_from_the_record_of_a_run(tmp_path, m
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "somebody else's"}))
     with pytest.raises(InputError, match="is not the record of a jxfer run"):
         task_from(f"run:{tmp_path}")
-    task = {"target_classes": ["p", "q"], "image_shape": [8, 8, 1]}
+    task = {"target_classes": ["p", "q"], "input_shape": [8, 8, 1]}
     (tmp_path / "config.json").write_text(json.dumps({"task": task}))
     assert task_from(f"run:{tmp_path}").source_classes == ("p", "q")
 

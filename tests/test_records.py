@@ -30,7 +30,7 @@ def test_the_digits_are_those_of_scikit_learn(digits):
     from sklearn.datasets import load_digits
 
     split, reference = digits.splits["train"], load_digits()
-    assert digits.image_shape == (8, 8, 1)
+    assert digits.input_shape == (8, 8, 1)
     assert digits.class_names == tuple("0123456789")
     assert list(digits.splits) == ["train"]
     counts = np.round(split.arrays["image"][..., 0] * (16 / 255)).astype(int)
@@ -92,7 +92,7 @@ def test_what_does_not_fit_in_memory_is_read_on_demand(digits, monkeypatch):
 
 def test_images_are_resized_and_coloured_on_reading():
     dataset = load_dataset(DataConfig(image_size=16, channels=3))
-    assert dataset.image_shape == (16, 16, 3)
+    assert dataset.input_shape == (16, 16, 3)
     assert dataset.splits["train"].read(np.arange(2))["image"].shape == (2, 16, 16, 3)
 
 

@@ -15,17 +15,17 @@ from jxfer.typing import InputError
 
 
 def convnet(rngs: nnx.Rngs) -> nnx.Module:
-    return models.build(ModelConfig("convnet"), num_classes=3, image_shape=(8, 8, 3), rngs=rngs)
+    return models.build(ModelConfig("convnet"), num_classes=3, input_shape=(8, 8, 3), rngs=rngs)
 
 
 def basic(rngs: nnx.Rngs) -> nnx.Module:
     config = CifarResNetConfig(num_blocks=1, widths=(4, 4, 6))
-    return CifarResNet(config, in_channels=3, num_classes=3, dtype=jnp.float32, rngs=rngs)
+    return CifarResNet(config, input_shape=(32, 32, 3), num_classes=3, dtype=jnp.float32, rngs=rngs)
 
 
 def bottleneck(rngs: nnx.Rngs) -> nnx.Module:
     config = ResNetConfig((1, 1, 1, 1), block="bottleneck", widths=(4, 4, 4, 4))
-    return ResNet(config, in_channels=3, num_classes=3, dtype=jnp.float32, rngs=rngs)
+    return ResNet(config, input_shape=(32, 32, 3), num_classes=3, dtype=jnp.float32, rngs=rngs)
 
 
 @pytest.fixture(scope="module", params=[convnet, basic, bottleneck], ids=lambda make: make.__name__)

@@ -352,7 +352,7 @@ def test_bfloat16_computes_in_bfloat16_and_trains_float32_parameters():
     from jxfer import models
     from jxfer.config import ModelConfig
 
-    model = models.build(ModelConfig("convnet", "bfloat16"), num_classes=5, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    model = models.build(ModelConfig("convnet", "bfloat16"), num_classes=5, input_shape=(8, 8, 1), rngs=nnx.Rngs(0))
     state, fixed = start(ALL, model=model)
     text = step_of().lower(state, fixed, make_batch()).as_text()
     convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]

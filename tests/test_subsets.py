@@ -78,7 +78,7 @@ def test_the_hash_names_examples_and_version():
     dataset = make_dataset([30, 30])
     first = draw(dataset, CONFIG, shots=3, seed=0)
     assert first.subset_hash == draw(dataset, CONFIG, shots=3, seed=0).subset_hash
-    newer = Dataset("toy", "1.0.1", dataset.class_names, dataset.splits, dataset.image_shape)
+    newer = Dataset("toy", "1.0.1", dataset.class_names, dataset.splits, dataset.input_shape)
     others = [draw(dataset, CONFIG, shots=3, seed=1), draw(dataset, CONFIG, shots=4, seed=0), draw(newer, CONFIG, 3, 0)]
     assert len({first.subset_hash, *(drawn.subset_hash for drawn in others)}) == 4
     assert len(first.subset_hash) == 16

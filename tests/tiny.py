@@ -27,7 +27,7 @@ TASK = Task(tuple("abcdef"), tuple("dba"), IMAGE_SHAPE)
 
 def build(name: str, *, num_classes: int = 3, seed: int = 0) -> nnx.Module:
     """Builds the tiny model of a kind; needs the patch above."""
-    return models.build(ModelConfig(name), num_classes=num_classes, image_shape=IMAGE_SHAPE, rngs=nnx.Rngs(seed))
+    return models.build(ModelConfig(name), num_classes=num_classes, input_shape=IMAGE_SHAPE, rngs=nnx.Rngs(seed))
 
 
 def make_split(num_examples: int = 13, *, num_classes: int = 3, seed: int = 0) -> ArraySplit:

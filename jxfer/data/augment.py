@@ -1,4 +1,4 @@
-"""From uint8 pixels to what the model sees, inside jit: scaling, random changes in training, normalisation.
+"""From what a data set holds to what the model sees, inside jit: scaling, random changes in training, normalisation.
 
 Every random choice of an example comes from a key of its own, so it does not depend on how the batch is sharded.
 """
@@ -12,13 +12,16 @@ from jaxtyping import Array, Float
 from jxfer.config import AugmentConfig, DataConfig
 from jxfer.typing import Batch, InputError
 
+NORMAL = (0.5,)
+"""Mean and standard deviation where neither the user nor the weights say."""
+
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """Prepares a batch on the device; stored features pass unchanged.
+    """Prepares a batch on the device; token ids and stored features pass unchanged.
 
     With mixup or cutmix, `label_probs` [B K] joins the batch and `label` stays.
     """
@@ -28,8 +31,10 @@ class Prepare:
     train: bool
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
-        """Returns the batch with `image` as float32, changed at random by `key` in training."""
-        if "features" in batch:
+        """Returns the batch with `image` as float32, changed at random by `key` in training; `audio` in [-1, 1]."""
+        if "audio" in batch:
+            return {**batch, "audio": batch["audio"].astype(jnp.float32) / 2**15}
+        if "image" not in batch:
             return batch
         prepared: Batch = {**batch, "image": batch["image"].astype(jnp.float32) / 255}
         if self.train and self.config.augment.active:
@@ -38,14 +43,16 @@ class Prepare:
 
 
 def normalise(image: Float[Array, "B H W C"], config: DataConfig) -> Float[Array, "B H W C"]:
-    """Subtracts the mean and divides by the standard deviation of each channel."""
+    """Puts the channels into their order, subtracts the mean and divides by the standard deviation of each."""
     channels = image.shape[-1]
-    for name, values in (("mean", config.mean), ("std", config.std)):
+    mean, std = config.mean or NORMAL, config.std or NORMAL
+    for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise InputError(
                 f"data.{name} has {len(values)} values for images of {channels} channels; give 1 or {channels}"
             )
-    return (image - jnp.array(config.mean)) / jnp.array(config.std)
+    image = image[..., ::-1] if config.channel_order == "bgr" else image
+    return (image - jnp.array(mean)) / jnp.array(std)
 
 
 def augment(key: jax.Array, batch: Batch, config: AugmentConfig, *, num_classes: int) -> Batch:

@@ -33,17 +33,17 @@ def load_records(config: DataConfig) -> Dataset:
     builder = _builder(directory)
     _check_format(builder, directory)
     image_key, label_key = _keys(builder)
-    shape = _image_shape(builder, image_key, config)
+    shape = _input_shape(builder, image_key, config)
     opened = {name: _open_split(builder, name, image_key, label_key, shape) for name in builder.info.splits}
     splits = usual_splits({name: split for name, split in opened.items() if _labelled(split)}, name=config.name)
-    image_shape = _first_image(splits["train"], directory).shape
-    fits = sum(map(len, splits.values())) * math.prod(image_shape) <= MEMORY_BYTES
+    input_shape = _first_image(splits["train"], directory).shape
+    fits = sum(map(len, splits.values())) * math.prod(input_shape) <= MEMORY_BYTES
     return Dataset(
         name=builder.info.full_name.rsplit("/", 1)[0],
         version=str(builder.version),
         class_names=tuple(builder.info.features[label_key].names),
         splits={name: _load(split, directory) for name, split in splits.items()} if fits else splits,
-        image_shape=image_shape,
+        input_shape=input_shape,
     )
 
 
@@ -141,11 +141,11 @@ def _keys(builder: Any) -> tuple[str, str]:
     return wanted
 
 
-def _image_shape(builder: Any, image_key: str, config: DataConfig) -> ImageShape:
+def _input_shape(builder: Any, image_key: str, config: DataConfig) -> ImageShape:
     height, width, channels = builder.info.features[image_key].shape
     if config.image_size is None and None in (height, width):
         raise InputError(f"data set '{config.name}' has images of different sizes; set data.image_size")
-    return ImageShape(config.image_size, config.channels or (1 if channels == 1 else 3))
+    return ImageShape.of(config, channels=1 if channels == 1 else 3)
 
 
 def _open_split(builder: Any, name: str, image_key: str, label_key: str, shape: ImageShape) -> LazySplit:
@@ -176,7 +176,7 @@ def _labelled(split: LazySplit) -> bool:
 
 def _first_image(split: LazySplit, directory: Path) -> np.ndarray:
     try:
-        return split.image_at(0)
+        return split.example_at(0)
     except OSError as error:
         raise _damaged_image(split, 0, directory) from error
 

@@ -35,12 +35,18 @@ class CifarResNet(nnx.Module):
     """A 3×3 stem and three layers of basic blocks; `layer2` and `layer3` begin by halving the image."""
 
     def __init__(
-        self, config: CifarResNetConfig, *, in_channels: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: CifarResNetConfig,
+        *,
+        input_shape: tuple[int, ...],
+        num_classes: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         first, second, third = config.widths
         count = config.num_blocks
         self.stages = ("stem", "layer1", "layer2", "layer3", "pool", "head")
-        self.stem = blocks.ConvLayer(in_channels, first, dtype=dtype, rngs=rngs)
+        self.stem = blocks.ConvLayer(input_shape[-1], first, dtype=dtype, rngs=rngs)
         self.layer1 = nnx.List(_layer(first, first, count, stride=1, dtype=dtype, rngs=rngs))
         self.layer2 = nnx.List(_layer(first, second, count, stride=2, dtype=dtype, rngs=rngs))
         self.layer3 = nnx.List(_layer(second, third, count, stride=2, dtype=dtype, rngs=rngs))

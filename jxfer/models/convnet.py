@@ -29,11 +29,13 @@ CONFIGS = {"convnet": ConvNetConfig(), "convnet_dropout": ConvNetConfig(dropout=
 class ConvNet(nnx.Module):
     """Three layers, each one convolution; the stem halves the image at once, so that the wide layers are cheap."""
 
-    def __init__(self, config: ConvNetConfig, *, in_channels: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ConvNetConfig, *, input_shape: tuple[int, ...], num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         narrow, middle, wide = config.widths
         rate = config.dropout
         self.stages = ("stem", "layer1", "layer2", "pool", "head")
-        self.stem = PooledLayer(in_channels, narrow, window=2, dropout=0.0, dtype=dtype, rngs=rngs)
+        self.stem = PooledLayer(input_shape[-1], narrow, window=2, dropout=0.0, dtype=dtype, rngs=rngs)
         self.layer1 = PooledLayer(narrow, middle, window=1, dropout=rate, dtype=dtype, rngs=rngs)
         self.layer2 = PooledLayer(middle, wide, window=2, dropout=rate, dtype=dtype, rngs=rngs)
         self.pool = blocks.GlobalPool()

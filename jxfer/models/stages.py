@@ -1,41 +1,45 @@
 """What a stage is: one of a model's named parts, run in order, from the pixels to the head."""
 
+import itertools
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from jxfer import paths
-from jxfer.typing import InputError, Path
+from jxfer.typing import InputError, Path, PyTree
+
+FEATURES = "features"
+"""The key of stored activations in a batch, followed by `/NAME` for each where a stage returns several."""
 
 
 @runtime_checkable
 class Staged(Protocol):
-    """A model made of stages: `stages` names its attributes in the order in which they run, `head` last.
+    """A model made of stages: `stages` names its parts in the order in which they run, `head` last.
 
-    An attribute is a callable module, or an `nnx.List` of blocks applied in turn, so that parameter paths read
-    `layer4/0/conv1/kernel`.
+    A stage is an attribute, a callable module or an `nnx.List` of blocks applied in turn, so that parameter paths read
+    `layer4/0/conv1/kernel`; or one block of a list, `blocks/3`. What flows between stages is an array or a flat dict of
+    arrays. A model whose attribute `scan` is true runs consecutive blocks of a list as one loop.
     """
 
     stages: tuple[str, ...]
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
-        """Maps images to float32 logits: all stages."""
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images [B H W C], token ids [B L] or samples [B T] to float32 logits [B K]: all stages."""
         ...
 
-    def features(self, x: Float[Array, "B H W C"]) -> Float[Array, "B D"]:
-        """Maps images to what the head sees: all stages but the last."""
+    def features(self, x: jax.Array) -> jax.Array:
+        """Maps the same to what the head sees, [B D]: all stages but the last."""
         ...
 
 
-def run_stages(
-    model: Any, x: Float[Array, "B ..."], *, start: str | None = None, stop: str | None = None
-) -> Float[Array, "B ..."]:
+def run_stages(model: Any, x: PyTree, *, start: str | None = None, stop: str | None = None) -> PyTree:
     """Runs the stages from `start` (inclusive) up to `stop` (exclusive); None means from the first, to the end.
 
     Args:
       model: a `Staged` model.
-      x: what the stage `start` takes: images where it is None, otherwise what `run_stages(..., stop=start)` returned.
+      x: what the stage `start` takes: the input where it is None, else what `run_stages(..., stop=start)` returned.
       start: the first stage to run.
       stop: the first stage not to run.
 
@@ -46,11 +50,42 @@ def run_stages(
     last = len(model.stages) if stop is None else _index(stop, model.stages)
     if last < first:
         raise InputError(f"cannot run from stage `{start}` up to `{stop}`, which comes before it; swap them")
-    for name in model.stages[first:last]:
-        stage = getattr(model, name)
-        for block in stage if isinstance(stage, nnx.List) else (stage,):
-            x = block(x)
+    for parent, group in itertools.groupby(model.stages[first:last], key=lambda name: name.rpartition("/")[0]):
+        names = list(group)
+        if parent and getattr(model, "scan", False):
+            from jxfer.models.scan import scan_blocks
+
+            cuts = tuple(index for index, name in enumerate(names) if name in getattr(model, "cuts", ()))
+            x = scan_blocks([stage(model, name) for name in names], x, cuts=cuts)
+            continue
+        for name in names:
+            part = stage(model, name)
+            for block in part if isinstance(part, nnx.List) else (part,):
+                x = block(x)
     return x
+
+
+def stage(model: Any, name: str) -> Any:
+    """Returns the part of a model that a stage names."""
+    part = model
+    for fragment in name.split("/"):
+        part = part[int(fragment)] if isinstance(part, nnx.List) else getattr(part, fragment)
+    return part
+
+
+def pack(activations: PyTree) -> dict[str, Any]:
+    """Returns activations as the entries of a batch: `features`, or `features/NAME` for each of several."""
+    if isinstance(activations, Mapping):
+        return {f"{FEATURES}/{name}": value for name, value in activations.items()}
+    return {FEATURES: activations}
+
+
+def unpack(batch: Mapping[str, Any]) -> PyTree:
+    """Returns the activations that `pack` put into a batch, None where there are none."""
+    if FEATURES in batch:
+        return batch[FEATURES]
+    prefix = f"{FEATURES}/"
+    return {name.removeprefix(prefix): value for name, value in batch.items() if name.startswith(prefix)} or None
 
 
 def stage_of(path: Path, stages: tuple[str, ...]) -> str | None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jxfer import paths
+from jxfer.config import DataConfig
 from jxfer.typing import InputError
 
 
@@ -25,10 +26,16 @@ class NewHead:
     fresh: ClassVar = ("head/**",)
 
     def __call__(
-        self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+        self,
+        model: Any,
+        *,
+        source_classes: Sequence[str],
+        target_classes: Sequence[str],
+        data: DataConfig,
+        rngs: nnx.Rngs,
     ) -> None:
         """Alters the model in place."""
-        del source_classes
+        del source_classes, data
         old = linear_head(model)
         model.head = _zero_linear(old.in_features, len(target_classes), old, rngs)
 
@@ -41,10 +48,16 @@ class MLPHead:
     fresh: ClassVar = ("head/**",)
 
     def __call__(
-        self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+        self,
+        model: Any,
+        *,
+        source_classes: Sequence[str],
+        target_classes: Sequence[str],
+        data: DataConfig,
+        rngs: nnx.Rngs,
     ) -> None:
         """Alters the model in place."""
-        del source_classes
+        del source_classes, data
         old = linear_head(model)
         model.head = MLP(old.in_features, self.hidden_dim, len(target_classes), like=old, rngs=rngs)
 
@@ -56,13 +69,22 @@ class KeepRows:
     fresh: ClassVar = ()
 
     def __call__(
-        self, model: Any, *, source_classes: Sequence[str], target_classes: Sequence[str], rngs: nnx.Rngs
+        self,
+        model: Any,
+        *,
+        source_classes: Sequence[str],
+        target_classes: Sequence[str],
+        data: DataConfig,
+        rngs: nnx.Rngs,
     ) -> None:
         """Alters the model in place.
 
         Raises:
           InputError: the source has no class of a target class's name.
         """
+        del data
+        if not source_classes:
+            raise InputError("the source's weights have no head whose rows could be kept; use a new head")
         for name in target_classes:
             if name not in source_classes:
                 near = paths.nearest(name, source_classes)
