@@ -67,7 +67,7 @@ def value_and_grad(model, x):
     return nnx.value_and_grad(lambda model: jnp.square(model(x)).mean())(model)
 
 
-@pytest.mark.parametrize("cuts", [(), (2,), (1, 2, 3)])
+@pytest.mark.parametrize("cuts", [(), (0, 2), (1, 2, 3)])
 @pytest.mark.parametrize("make", [NormBlock, transformer], ids=["statistics and dropout", "transformer"])
 def test_a_scan_equals_the_loop_in_values_gradients_and_changed_state(make, cuts):
     looped, scanned = pair(make, cuts=cuts)
@@ -137,8 +137,8 @@ def test_activations_may_be_dicts_with_a_mask():
     np.testing.assert_allclose(actual["hidden"], expected["hidden"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cut", [0, 4, -1])
+@pytest.mark.parametrize("cut", [4, -1])
 def test_a_cut_outside_the_blocks_is_refused(cut):
     _, scanned = pair(NormBlock, cuts=(cut,))
-    with pytest.raises(InputError, match=f"before block {cut}; cuts lie in 1 to 3"):
+    with pytest.raises(InputError, match=f"before block {cut}; cuts lie in 0 to 3"):
         scanned(jnp.ones((2, DIM)))

@@ -26,11 +26,11 @@ def scan_blocks(blocks: Sequence[nnx.Module], x: PyTree, *, cuts: tuple[int, ...
         structure, mode or shapes are cut apart in any case.
 
     Raises:
-      InputError: a cut that is not the index of a block after the first.
+      InputError: a cut that is not the index of a block.
     """
     for cut in cuts:
-        if not 0 < cut < len(blocks):
-            raise InputError(f"cannot cut {len(blocks)} blocks before block {cut}; cuts lie in 1 to {len(blocks) - 1}")
+        if not 0 <= cut < len(blocks):
+            raise InputError(f"cannot cut {len(blocks)} blocks before block {cut}; cuts lie in 0 to {len(blocks) - 1}")
     for segment in _segments(blocks, cuts):
         x = segment[0](x) if len(segment) == 1 else _scan(segment, x)
     return x
