@@ -34,7 +34,7 @@ def test_sub_folders_are_classes(root):
     split = dataset.splits["train"]
     assert dataset.name == "pets"
     assert dataset.class_names == ("ants", "bees")
-    assert dataset.image_shape == (5, 6, 3)
+    assert dataset.input_shape == (5, 6, 3)
     assert split.ids.tolist() == [f"{name}/{i}.png" for name in ("ants", "bees") for i in range(4)]
     assert split.labels.tolist() == [0] * 4 + [1] * 4
     assert split.read(np.array([5]))["image"][0, 0, 0].tolist() == [11, 11, 11]
@@ -142,7 +142,7 @@ def test_a_data_set_of_cut_images_only_is_refused(root):
 
 
 def test_what_does_not_fit_in_memory_is_read_on_demand_and_damage_is_named(root, monkeypatch):
-    monkeypatch.setattr("jxfer.data.folder.MEMORY_BYTES", 0)
+    monkeypatch.setattr("jxfer.data.opening.MEMORY_BYTES", 0)
     split = load(root).splits["train"]
     assert isinstance(split, LazySplit)
     assert split.read(np.array([1, 5]))["image"][:, 0, 0, 0].tolist() == [1, 11]
@@ -155,13 +155,13 @@ def test_different_sizes_need_an_image_size(root):
     add_image(root / "bees" / "large.png", size=(40, 30))
     with pytest.raises(InputError, match=r"'ants/0.png' is 6x5, 'bees/large.png' is 40x30; set data.image_size"):
         load(root)
-    assert load(root, image_size=8).image_shape == (8, 8, 3)
+    assert load(root, image_size=8).input_shape == (8, 8, 3)
 
 
 def test_grey_images_among_coloured_ones_become_coloured(root):
-    assert load(root, channels=1).image_shape == (5, 6, 1)
+    assert load(root, channels=1).input_shape == (5, 6, 1)
     add_image(root / "bees" / "grey.png", mode="L")
-    assert load(root).image_shape == (5, 6, 3)
+    assert load(root).input_shape == (5, 6, 3)
 
 
 def test_the_version_changes_with_the_files(root):
@@ -173,7 +173,7 @@ def test_the_version_changes_with_the_files(root):
 
 @pytest.mark.parametrize(("content_bytes", "noticed"), [(256 * 1024**2, True), (0, False)])
 def test_other_contents_of_equal_length_are_noticed_in_small_folders(root, monkeypatch, content_bytes, noticed):
-    monkeypatch.setattr("jxfer.data.folder.CONTENT_BYTES", content_bytes)
+    monkeypatch.setattr("jxfer.data.opening.CONTENT_BYTES", content_bytes)
     before, path = load(root).version, root / "ants" / "0.png"
     size = path.stat().st_size
     content = bytearray(path.read_bytes())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jxfer.config import DataConfig
 from jxfer.data.images import ImageShape, decode, encode_png, read_header
 from jxfer.typing import InputError
 
@@ -63,3 +64,22 @@ def test_other_channels_and_sizes_are_refused():
         ImageShape(None, 4)
     with pytest.raises(InputError, match=r"data.image_size is 0"):
         ImageShape(0, 3)
+
+
+@pytest.mark.parametrize(("size", "crop_fraction", "short"), [(8, 0.8, 10), (7, 0.875, 8), (6, 1.0, 6)])
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_a_crop_fraction_resizes_to_more_and_crops_the_middle(size, crop_fraction, short, resample):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (31, 47), np.uint8))
+    whole = image.resize((int(short * 47 / 31), short), Image.Resampling[resample.upper()])
+    left, top = round((whole.width - size) / 2), round((whole.height - size) / 2)  # as in torchvision
+    expected = np.asarray(whole)[top : top + size, left : left + size]
+    found = decode(
+        png(image),
+        ImageShape.of(DataConfig(image_size=size, crop_fraction=crop_fraction, resample=resample), channels=1),
+    )
+    np.testing.assert_array_equal(found[..., 0], expected)
+
+
+def test_a_crop_fraction_needs_a_size():
+    with pytest.raises(InputError, match=r"data.crop_fraction is 0.8, but data.image_size is not set"):
+        ImageShape(None, 3, crop_fraction=0.8)

@@ -2,7 +2,8 @@
 
 from jxfer.data.augment import Prepare
 from jxfer.data.dataset import ArraySplit, Dataset, LazySplit, Split, Subset
-from jxfer.data.load import load_dataset, names
+from jxfer.data.load import encode_texts, keep_words, load_dataset, names, tokenizer_json
+from jxfer.data.opening import read_file
 from jxfer.data.pipeline import batches, eval_batches
 from jxfer.data.subsets import Drawn, draw
 
@@ -16,7 +17,11 @@ __all__ = [
     "Subset",
     "batches",
     "draw",
+    "encode_texts",
     "eval_batches",
+    "keep_words",
     "load_dataset",
     "names",
+    "read_file",
+    "tokenizer_json",
 ]

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from jxfer.typing import HostBatch, InputError
+from jxfer.typing import HostBatch, Input, InputError
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
 """What data sets call their splits -> what we call them."""
@@ -16,9 +16,9 @@ SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation"
 AnySplit = TypeVar("AnySplit", bound="Split")
 
 MEMORY_BYTES = 2 * 1024**3
-"""Data sets whose decoded images need at most this much are read into memory once."""
+"""Data sets whose decoded examples need at most this much are read into memory once."""
 
-DECODE_CHUNK = 256  # images per task of a thread; one by one, small images cost more to hand over than to decode
+DECODE_CHUNK = 256  # examples per task of a thread; one by one, small ones cost more to hand over than to decode
 
 
 @runtime_checkable
@@ -38,13 +38,14 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> HostBatch:
-        """Returns the examples at `indices` [B] in that order, as `label` and `image` or `features`."""
+        """Returns the examples at `indices` [B] in that order, as `label` and their input or `features`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySplit:
-    """A split in memory: `arrays` holds `image` [N H W C] uint8 or `features` [N ...]."""
+    """A split in memory: `arrays` holds `image` [N H W C] uint8, `text` [N L] int32, `audio` [N T] int16 or `features`
+    [N ...]."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -60,22 +61,23 @@ class ArraySplit:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazySplit:
-    """A split whose images are decoded when they are read; `image_at(i)` returns [H W C] uint8."""
+    """A split whose examples are decoded when they are read; `example_at(i)` returns [H W C] uint8 or [T] int16."""
 
     ids: np.ndarray
     labels: np.ndarray
-    image_at: Callable[[int], np.ndarray]
+    example_at: Callable[[int], np.ndarray]
+    input: Input = "image"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, indices: np.ndarray) -> HostBatch:
-        """Decodes the images at `indices`; raises InputError naming the example that cannot be read."""
-        return {"image": np.stack([self._image(int(i)) for i in indices]), "label": self.labels[indices]}
+        """Decodes the examples at `indices`; raises InputError naming the one that cannot be read."""
+        return {self.input: np.stack([self._example(int(i)) for i in indices]), "label": self.labels[indices]}
 
-    def _image(self, index: int) -> np.ndarray:
+    def _example(self, index: int) -> np.ndarray:
         try:
-            return self.image_at(index)
+            return self.example_at(index)
         except OSError as error:
             raise InputError(f"example '{self.ids[index]}' cannot be read: {error}; mend or remove it") from error
 
@@ -113,9 +115,12 @@ class Dataset:
     version: str
     class_names: tuple[str, ...]
     splits: Mapping[str, Split]
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     skipped: tuple[str, ...] = ()
     """Files that could not be read, as paths inside the data set."""
+    sample_rate: int | None = None
+    """Samples per second of its sounds; None where it holds none."""
+    input: Input = "image"
 
 
 def usual_splits(splits: Mapping[str, AnySplit], *, name: str) -> dict[str, AnySplit]:
@@ -135,21 +140,21 @@ def usual_splits(splits: Mapping[str, AnySplit], *, name: str) -> dict[str, AnyS
 
 
 def decode_all(split: LazySplit) -> tuple[ArraySplit, list[int]]:
-    """Reads a split into memory, in threads; returns it without the images that raise OSError, and their indices."""
+    """Reads a split into memory, in threads; returns it without the examples that raise OSError, and their indices."""
 
     def attempt(indices: np.ndarray) -> list[np.ndarray | None]:
-        return [_image_or_none(split, int(index)) for index in indices]
+        return [_example_or_none(split, int(index)) for index in indices]
 
     chunks = np.array_split(np.arange(len(split)), max(1, len(split) // DECODE_CHUNK))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = [image for chunk in pool.map(attempt, chunks) for image in chunk]
-    good = np.array([image is not None for image in images], bool)
-    arrays = {"image": np.array([image for image in images if image is not None])}
+        examples = [example for chunk in pool.map(attempt, chunks) for example in chunk]
+    good = np.array([example is not None for example in examples], bool)
+    arrays: dict[str, np.ndarray] = {split.input: np.array([example for example in examples if example is not None])}
     return ArraySplit(split.ids[good], split.labels[good], arrays), [int(i) for i in np.flatnonzero(~good)]
 
 
-def _image_or_none(split: LazySplit, index: int) -> np.ndarray | None:
+def _example_or_none(split: LazySplit, index: int) -> np.ndarray | None:
     try:
-        return split.image_at(index)
+        return split.example_at(index)
     except OSError:
         return None
