@@ -10,22 +10,31 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jxfer.models import bert
+from jxfer.models import bert, vit
 from jxfer.models.bert import Bert, BertConfig
 from jxfer.models.stages import run_stages
+from jxfer.models.vit import ViT, ViTConfig
 from jxfer.partition import arrays_of, eval_graphdef
 from jxfer.typing import InputError
 from jxfer.weights.names import bert as bert_names
+from jxfer.weights.names import vit as vit_names
+from jxfer.weights.tensors import in_memory
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CLASSES = 3
 TINY_BERT = BertConfig(8, 2, 2, 16, vocab_size=20, max_positions=12)
+TINY_VIT = ViTConfig(4, 8, 2, 2, 16)
 TINY = {
     "bert": (Bert, TINY_BERT, (6,)),
     "bert pooler": (Bert, dataclasses.replace(TINY_BERT, pooling="pooler"), (6,)),
     "distilbert": (Bert, dataclasses.replace(TINY_BERT, num_token_types=0, pooling="cls"), (6,)),
     "roberta": (Bert, dataclasses.replace(TINY_BERT, num_token_types=1, pad_id=1, position_offset=2), (6,)),
+    "vit": (ViT, TINY_VIT, (8, 12, 3)),
+    "vit mean": (ViT, dataclasses.replace(TINY_VIT, class_token=False, pooling="mean", qkv_bias=False), (8, 8, 1)),
+    "deit": (ViT, dataclasses.replace(TINY_VIT, distilled=True, pooling="cls_dist"), (8, 8, 3)),
+    "dinov2": (ViT, dataclasses.replace(TINY_VIT, layer_scale=0.5, pooling="cls_mean"), (12, 8, 3)),
+    "registers": (ViT, dataclasses.replace(TINY_VIT, layer_scale=1.0, num_registers=3, dropout=0.5), (8, 8, 3)),
 }
 
 
@@ -76,6 +85,27 @@ def count(make, config, shape, num_classes, *, without=()):
 def test_text_encoders_have_the_published_number_of_parameters(name, pooling, expected):
     config = dataclasses.replace(bert.CONFIGS[name], pooling=pooling)
     assert count(Bert, config, (128,), 2, without=("head",)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "num_classes", "expected"),
+    [
+        ("vit_ti_16", (224, 224, 3), 1000, 5_717_416),
+        ("vit_s_16", (224, 224, 3), 1000, 22_050_664),
+        ("vit_b_16", (224, 224, 3), 1000, 86_567_656),
+        ("vit_b_32", (224, 224, 3), 1000, 88_224_232),
+        ("vit_l_16", (224, 224, 3), 1000, 304_326_632),
+        ("deit_s_16_distilled", (224, 224, 3), 1000, 22_436_432 - 1000),  # two heads made one have one bias
+    ],
+)
+def test_vision_transformers_have_the_published_number_of_parameters(name, shape, num_classes, expected):
+    assert count(ViT, vit.CONFIGS[name], shape, num_classes) == expected
+
+
+def test_dinov2_has_the_published_number_of_parameters():
+    """21M, 86M and 300M in its table 17; the sums are of `facebook/dinov2-*` without the mask token."""
+    for name, expected in (("vit_s_14", 22_056_192), ("vit_b_14", 86_579_712), ("vit_l_14", 304_367_616)):
+        assert count(ViT, vit.CONFIGS[name], (518, 518, 3), 2, without=("head",)) == expected
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -160,3 +190,78 @@ def test_names_of_published_texts_go_both_ways(name):
             rule, theirs = next((rule, found) for rule in rules if (found := rule.theirs_of(path)))
             assert rule.ours_of(theirs) == (path,)
             assert next(rule for rule in rules if rule.ours_of(theirs)) is rule
+
+
+def test_images_must_be_made_of_whole_patches():
+    with pytest.raises(InputError, match="9×8 are not made of patches of 4×4; set `image_size` to 8"):
+        ViT(TINY_VIT, input_shape=(9, 8, 3), num_classes=2, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"class_token": False}, "needs the class token"), ({"pooling": "cls_dist"}, "needs the distillation token")],
+)
+def test_pooling_a_token_that_is_not_there_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        build("vit", **changes)
+
+
+@pytest.mark.parametrize("name", ["vit_s_16", "vit_b_32", "vit_b_14"])
+def test_image_configs_are_read_back_as_written(name):
+    pooling = "cls_mean" if name == "vit_b_14" else "cls"
+    size = dataclasses.replace(vit.CONFIGS[name], norm_eps=1e-12, pooling=pooling)
+    namings = [naming for naming in vit_names.NAMINGS if naming.name.startswith("transformers") and naming.rules(size)]
+    config = namings[0].write_config(size, ("a", "b"), (224, 224, 3))
+    named, fields = next(found for naming in vit_names.NAMINGS if (found := naming.read_config(config)) is not None)
+    assert dataclasses.replace(vit.CONFIGS[named], **fields) == size
+    assert named == name
+
+
+@pytest.mark.parametrize("name", ["vit_ti_16", "vit_s_16", "vit_b_32", "vit_b_14"])
+def test_timm_configs_are_read_back_as_written(name):
+    timm = vit_names.NAMINGS[0]
+    assert timm.read_config(timm.write_config(vit.CONFIGS[name], ("a",), (224, 224, 3))) == (name, {})
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_clip_224", "vit_base_r50_s16_224", "resnet50", "vit_giant_patch14"])
+def test_vision_transformers_of_other_kinds_are_passed_over(name):
+    assert all(naming.read_config({"architecture": name}) is None for naming in vit_names.NAMINGS)
+
+
+@pytest.mark.parametrize("name", ["vit", "vit mean", "deit", "dinov2", "registers"])
+def test_names_of_published_vision_transformers_go_both_ways(name):
+    weights = [path for path in arrays_of(build(name)) if "rngs" not in path]
+    namings = [(naming, rules) for naming in vit_names.NAMINGS if (rules := naming.rules(TINY[name][1]))]
+    assert len(namings) == {"vit": 4, "vit mean": 4, "deit": 3, "dinov2": 3, "registers": 2}[name]
+    for _, rules in namings:
+        for path in weights:
+            rule, theirs = next((rule, found) for rule in rules if (found := rule.theirs_of(path)))
+            assert path in rule.ours_of(theirs)
+
+
+@pytest.mark.parametrize(("old", "new", "prefix"), [((2, 2), (2, 3), 1), ((2, 3), (4, 2), 1), ((3, 3), (2, 2), 2)])
+def test_positions_are_resized_and_those_of_tokens_before_the_patches_kept(old, new, prefix):
+    (pattern, resize), *_ = vit_names.RESIZES
+    assert pattern == "embed/position"
+    array = np.ones((prefix + old[0] * old[1], 4), np.float32)
+    array[:prefix] = 7
+    if old[0] != old[1]:
+        with pytest.raises(InputError, match="no square"):
+            resize(array, (prefix + new[0] * new[1], 4), grid=new)
+        return
+    result = resize(array, (prefix + new[0] * new[1], 4), grid=None if new[0] == new[1] else new)
+    np.testing.assert_allclose(result[:prefix], 7)
+    np.testing.assert_allclose(result[prefix:], 1, rtol=1e-6)
+
+
+def test_joined_heads_are_the_mean_of_two():
+    rng = np.random.default_rng(0)
+    shapes = {"head.weight": (3, 4), "head.bias": (3,), "head_dist.weight": (3, 4), "head_dist.bias": (3,), "x": (2,)}
+    theirs = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    joined = {name: tensor.read() for name, tensor in vit_names.join_heads(in_memory(theirs)).items()}
+    assert set(joined) == {"head.weight", "head.bias", "x"}
+    one, two = rng.normal(size=(2, 5, 4))
+    logits = one @ theirs["head.weight"].T + theirs["head.bias"]
+    distilled = two @ theirs["head_dist.weight"].T + theirs["head_dist.bias"]
+    actual = np.concatenate([one, two], axis=1) @ joined["head.weight"].T + joined["head.bias"]
+    np.testing.assert_allclose(actual, (logits + distilled) / 2, rtol=1e-12)
