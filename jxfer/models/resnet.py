@@ -54,14 +54,16 @@ CONFIGS = {
 class ResNet(nnx.Module):
     """A stem and four layers of residual blocks; all layers but the first begin by halving the image."""
 
-    def __init__(self, config: ResNetConfig, *, in_channels: int, num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ResNetConfig, *, input_shape: tuple[int, ...], num_classes: int, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         block = Bottleneck if config.block == "bottleneck" else blocks.BasicBlock
         stem = blocks.ConvLayer if config.small_images else ImageNetStem
         narrow = config.widths[0]
         first, second, third, fourth = (width * config.expansion for width in config.widths)
         count1, count2, count3, count4 = config.num_blocks
         self.stages = ("stem", "layer1", "layer2", "layer3", "layer4", "pool", "head")
-        self.stem = stem(in_channels, narrow, dtype=dtype, rngs=rngs)
+        self.stem = stem(input_shape[-1], narrow, dtype=dtype, rngs=rngs)
         self.layer1 = nnx.List(_layer(block, narrow, first, count1, stride=1, dtype=dtype, rngs=rngs))
         self.layer2 = nnx.List(_layer(block, first, second, count2, stride=2, dtype=dtype, rngs=rngs))
         self.layer3 = nnx.List(_layer(block, second, third, count3, stride=2, dtype=dtype, rngs=rngs))
