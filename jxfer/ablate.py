@@ -20,8 +20,9 @@ from jxfer.directory import (
     write_json,
 )
 from jxfer.loop import Session
-from jxfer.plan import Task, load_data, plan_method, source_directory, task_of
-from jxfer.run import Job, Source, load_source, run
+from jxfer.plan import Task, load_data, plan_method, task_between, task_of
+from jxfer.run import Job, run
+from jxfer.source import Source, load_source, read_source, resolve
 from jxfer.typing import InputError, InterruptedRun
 
 
@@ -84,12 +85,15 @@ def _run_all(
     experiment: Experiment, jobs: Sequence[Job], directory: Path, session: Session, command: str
 ) -> list[dict[str, Any]]:
     check(experiment)
+    experiment = resolve(experiment)
+    jobs = [dataclasses.replace(job, experiment=experiment) for job in jobs]
     with claimed(experiment, directory):
         done = {_cell(row): row for row in read_results(directory)}
         left = [job for job in jobs if _cell_of(job) not in done]
         needs_source = any(job.method.start == "source" for job in jobs)
-        check_data(directory, _data_versions(experiment, needs_source))
-        source = _prepare_directory(experiment, jobs, directory, session, command) if left else None
+        given = _given_source(experiment) if needs_source else None
+        check_data(directory, _data_versions(experiment, needs_source, given))
+        source = _prepare_directory(experiment, jobs, directory, session, command, given) if left else None
         for index, job in enumerate(left, start=len(jobs) - len(left)):
             session.progress("runs", index, len(jobs))
             if session.should_stop():
@@ -101,12 +105,20 @@ def _run_all(
     return [done[_cell_of(job)] for job in jobs]
 
 
-def _data_versions(experiment: Experiment, needs_source: bool) -> dict[str, str]:
+def _given_source(experiment: Experiment) -> Source | None:
+    """Reads the weights that the experiment names; None where it pre-trains its own."""
+    if experiment.source.weights is None:
+        return None
+    target = load_data(experiment.target)
+    return read_source(experiment, num_classes=len(target.class_names), input_shape=target.input_shape)
+
+
+def _data_versions(experiment: Experiment, needs_source: bool, given: Source | None) -> dict[str, str]:
     versions = {"target data": load_data(experiment.target).version}
     if needs_source and experiment.source.weights is None:
         versions["source data"] = load_data(experiment.source.data).version
-    elif needs_source and experiment.source.weights is not None:
-        versions["source run"] = load_source(source_directory(experiment.source.weights)).weights_hash
+    elif given is not None:
+        versions["source weights"] = given.weights_hash
     return versions
 
 
@@ -119,7 +131,12 @@ def _cell_of(job: Job) -> tuple[Any, ...]:
 
 
 def _prepare_directory(
-    experiment: Experiment, jobs: Sequence[Job], directory: Path, session: Session, command: str
+    experiment: Experiment,
+    jobs: Sequence[Job],
+    directory: Path,
+    session: Session,
+    command: str,
+    given: Source | None,
 ) -> Source | None:
     """Writes what the report needs besides results, and returns the source model where a job starts from it."""
     picked = list({job.method.name: job.method for job in jobs}.values())
@@ -136,20 +153,25 @@ def _prepare_directory(
         session.progress(f"planning {method.name}", len(plans), len(plans) + 1)
         plans[method.name] = plan_method(experiment, method, task).to_json()
     write_json(directory / "plans.json", list(plans.values()))
-    return source_model(experiment, directory, session) if needs_source else None
+    if given is not None and given.manifest is not None:
+        write_json(directory / "manifest.json", given.manifest.to_json())
+        session.note(str(given.manifest))
+    return given or (source_model(experiment, directory, session) if needs_source else None)
 
 
 def source_model(experiment: Experiment, directory: Path, session: Session) -> Source:
-    """Returns the source model: of the run that `source.weights` names, or pre-trained once into `directory`/source.
+    """Returns the source model, pre-trained once into `directory`/source.
 
     Raises:
-      InputError: the run is not there or not finished, or pre-training failed.
+      InputError: pre-training failed.
     """
-    if experiment.source.weights is not None:
-        return load_source(source_directory(experiment.source.weights))
     folder = directory / "source"
     settings = dataclasses.replace(
-        experiment, target=experiment.source.data, train=experiment.source.train, search=SearchConfig()
+        experiment,
+        target=experiment.source.data,
+        train=experiment.source.train,
+        search=SearchConfig(),
+        save="full",
     )
     job = Job(settings, dataclasses.replace(methods.scratch, name="pre-training"), None, experiment.source.seed)
     row = read_json(folder / "result.json", {})
@@ -163,4 +185,4 @@ def source_model(experiment: Experiment, directory: Path, session: Session) -> S
 
 def _task_without_source(experiment: Experiment) -> Task:
     target = load_data(experiment.target)
-    return Task(target.class_names, target.class_names, target.input_shape)
+    return task_between(target.class_names, target, experiment)

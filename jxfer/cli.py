@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 DONE, BAD_INPUT, RUN_FAILED, INTERRUPTED, KILLED, BROKEN_PIPE = 0, 2, 3, 75, 130, 141
 """Exit statuses. An exception that is none of jxfer's own is a bug: it keeps its traceback and exits with 1."""
 
-SWITCHES = ("help", "json")
+SWITCHES = ("help", "json", "stablehlo")
 """Options without a value."""
 
 LISTS_OF = ("models", "datasets", "methods", "experiments")
@@ -46,6 +47,16 @@ class Command:
     summary: str
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Name -> value and help, of the options that are not settings."""
+
+    @property
+    def most_operands(self) -> float:
+        """How many operands it takes."""
+        return math.inf if "..." in self.operands else len(self.operands.split())
+
+    @property
+    def least_operands(self) -> int:
+        """How many operands it needs."""
+        return 0 if self.operands.startswith("[") else len(self.operands.split())
 
     @property
     def takes_settings(self) -> bool:
@@ -132,6 +143,42 @@ def report(args: Arguments) -> int:
     return DONE
 
 
+def predict(args: Arguments) -> int:
+    """Says what a finished run takes files, folders or lines of text for."""
+    from jxfer.predict import predict
+    from jxfer.source import load_run
+
+    run, *inputs = args.operands
+    _prepare_jax()
+    failed = 0
+    for prediction in predict(load_run(Path(run)), inputs):
+        failed += prediction.error is not None
+        if "json" in args.options:
+            print(json.dumps(prediction.to_json()), flush=True)
+        elif prediction.error is not None:
+            print(f"jxfer: {prediction.input}: cannot be read: {prediction.error}", file=sys.stderr)
+        else:
+            first, *rest = list(prediction.probabilities.items())[:3]
+            others = ", ".join(f"{name} {probability:.1%}" for name, probability in rest)
+            print(f"{first[0]:16} {first[1]:6.1%}  {prediction.input}" + (f"  ({others})" if others else ""))
+    if failed:
+        print(f"jxfer: inputs that could not be read: {failed}", file=sys.stderr)
+    return BAD_INPUT if failed else DONE
+
+
+def export(args: Arguments) -> int:
+    """Writes a finished run for others to read."""
+    from jxfer.export import export
+    from jxfer.source import load_run
+
+    _prepare_jax()
+    run = load_run(Path(args.operands[0]))
+    files = export(run, Path(args.operands[1]), names=args.options.get("names"), stablehlo="stablehlo" in args.options)
+    for file in files:
+        print(f"{file}  {file.stat().st_size:,} bytes")
+    return DONE
+
+
 def list_names(args: Arguments) -> int:
     """Lists what can be named in an experiment or on the command line."""
     from jxfer import data, methods, models, overrides, paths
@@ -175,6 +222,21 @@ COMMANDS = {
         {"method": "NAME      this method alone", "json": "          print JSON"},
     ),
     "report": Command(report, "DIR", "rebuild the tables, figures and page of an ablation"),
+    "predict": Command(
+        predict,
+        "RUN INPUT...",
+        "say what a finished run takes files and folders for (`-`: texts, one a line)",
+        {"json": "          print a JSON object a line"},
+    ),
+    "export": Command(
+        export,
+        "RUN DIR",
+        "write a finished run as safetensors under the field's names, with config and model card",
+        {
+            "names": "NAMES     whose names: torchvision, timm, transformers, jxfer, ...",
+            "stablehlo": "          write the whole function too, for any batch size",
+        },
+    ),
     "list": Command(list_names, f"[{'|'.join(LISTS_OF)}]", "list what can be named"),
 }
 
@@ -209,9 +271,10 @@ def _arguments(argv: list[str], command: Command) -> Arguments:
         if f"--{name}" not in known:
             raise paths.unknown("option", f"--{name}", known)
     operands, options = overrides.split_options(argv[1:], SWITCHES)
-    optional = command.operands.startswith("[")
-    if len(operands) > 1 or (not operands and not optional):
-        problem = f"unexpected argument `{operands[1]}`" if operands else f"no {command.operands} given"
+    if not command.least_operands <= len(operands) <= command.most_operands:
+        surplus = len(operands) > command.most_operands
+        missing = command.operands.split()[min(len(operands), command.least_operands - 1)]
+        problem = f"unexpected argument `{operands[int(command.most_operands)]}`" if surplus else f"no {missing} given"
         raise InputError(f"{problem}; usage: jxfer {argv[0]} {command.operands} [OPTIONS]")
     own = {name: value for name, value in options.items() if name in command.options}
     settings = tuple(f"--{name}={value}" for name, value in options.items() if name in fields)
@@ -228,11 +291,14 @@ def _experiment(args: Arguments) -> "Experiment":
     checks.check(experiment)
     if not experiment.methods:
         raise InputError(f"experiment `{experiment.name}` has no methods; name some in its file or on the command line")
+    _prepare_jax()
+    return experiment
 
+
+def _prepare_jax() -> None:
     from jxfer.session import prepare_jax
 
     prepare_jax()
-    return experiment
 
 
 def _with_methods(experiment: "Experiment", options: Mapping[str, str]) -> "Experiment":

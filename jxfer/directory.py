@@ -82,8 +82,11 @@ def check_data(directory: Path, versions: dict[str, str]) -> None:
 
 
 def save_examples(experiment: Experiment, directory: Path) -> None:
-    """Saves some test images, spread over the split, for the report's pictures."""
-    test = data.draw(load_data(experiment.target), experiment.target, experiment.shots[0], 0).test
+    """Saves some test images, spread over the split, for the report's pictures; of texts and sounds there are none."""
+    dataset = load_data(experiment.target)
+    if dataset.input != "image":
+        return
+    test = data.draw(dataset, experiment.target, experiment.shots[0], 0).test
     chosen = np.unique(np.linspace(0, len(test) - 1, min(NUM_EXAMPLES, len(test))).astype(int))
     np.savez(directory / "examples.npz", ids=test.ids[chosen], images=test.read(chosen)["image"])
 

@@ -20,6 +20,8 @@ class Session:
     """Called with what runs, how much is done and how much there is."""
     should_stop: Callable[[], bool]
     """True once SIGTERM or SIGINT has arrived."""
+    note: Callable[[str], None] = lambda text: None
+    """Called with what the user should read once."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,14 @@ zero_shot = Method(
     surgeries=(KeepRows(),),
 )
 
+# Li et al. 2016, arXiv:1603.04779: what distinguishes domains sits in the statistics of the activations.
+norm_statistics = Method(
+    name="norm_statistics",
+    summary="the source model with its normalisation statistics estimated anew on the target, nothing else",
+    surgeries=(KeepRows(),),
+    phases=(Phase("estimate", train=(), statistics=True),),
+)
+
 linear_probe = Method(
     name="linear_probe",
     summary="a new linear head on the frozen source",
@@ -38,6 +46,14 @@ fine_tuning = Method(
     summary="everything trains from the source, under a new head",
     surgeries=(NewHead(),),
     phases=(Phase("tune", train=ALL),),
+)
+
+# Howard and Ruder 2018, arXiv:1801.06146, section 3.2: lower layers are more general and should move less.
+layer_decay = Method(
+    name="layer_decay",
+    summary="fine-tuning at rates that fall by a quarter with each layer away from the head",
+    surgeries=(NewHead(),),
+    phases=(Phase("tune", train=ALL, layer_decay=0.75),),
 )
 
 fine_tuning_kept_head = Method(
@@ -80,9 +96,11 @@ METHODS: dict[str, Method] = {
     for method in (
         scratch,
         zero_shot,
+        norm_statistics,
         linear_probe,
         feature_retraining,
         fine_tuning,
+        layer_decay,
         fine_tuning_kept_head,
         partial,
         lp_ft,

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from jxfer.models.stages import pack
 from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
+from jxfer.source import known_of, resolve
 from jxfer.step import (
     EvalStep,
     Fixed,
@@ -214,50 +213,47 @@ def load_data(data_config: DataConfig) -> Dataset:
 
 
 def task_of(experiment: Experiment) -> Task:
-    """Returns the classes and image shape of an experiment's source and target, without any weights.
+    """Returns the classes and examples' shape of a resolved experiment's source and target, without any weights.
 
     Raises:
-      InputError: a data set or the run that the weights come from cannot be read.
+      InputError: a data set or the run that the weights come from cannot be read, or the model reads something else.
     """
     target = load_data(experiment.target)
     if experiment.source.weights is None:
         source = load_data(experiment.source.data)
-        source_classes, channels = source.class_names, source.input_shape[-1]
+        _check_channels(source.input_shape[-1], target)
+        classes = source.class_names
     else:
-        record = source_directory(experiment.source.weights) / "config.json"
-        if not record.exists():
-            raise InputError(f"source.weights `{experiment.source.weights}`: no run there, '{record}' does not exist")
-        source_classes, channels = _task_of_run(record)
-    if channels != target.input_shape[-1]:
+        known = known_of(experiment.source, experiment.model)
+        if known.channels is not None:
+            _check_channels(known.channels, target)
+        classes = known.classes
+    return task_between(classes, target, experiment)
+
+
+def task_between(source_classes: tuple[str, ...], target: Dataset, experiment: Experiment) -> Task:
+    """Returns the task of transferring from a head of these classes.
+
+    Raises:
+      InputError: the experiment's model reads something else than the target has.
+    """
+    reads = models.reads(experiment.model)
+    if reads != target.input:
+        raise InputError(f"`{experiment.model.name}` reads {reads}, but '{experiment.target.name}' has {target.input}")
+    return Task(source_classes, target.class_names, target.input_shape, experiment.target, target.input)
+
+
+def _check_channels(channels: int, target: Dataset) -> None:
+    if target.input == "image" and channels != target.input_shape[-1]:
         raise InputError(
             f"the source's images have {channels} channels, the target's {target.input_shape[-1]}; "
             f"set target.channels={channels}"
         )
-    return Task(source_classes, target.class_names, target.input_shape)
-
-
-def _task_of_run(record: Path) -> tuple[tuple[str, ...], int]:
-    """Returns classes and channels that the `config.json` of a run gives."""
-    try:
-        task = json.loads(record.read_text())["task"]
-        return tuple(task["target_classes"]), int(task["input_shape"][-1])
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"'{record}' is not the record of a jxfer run; give the folder of a finished run") from error
-
-
-def source_directory(weights: str) -> Path:
-    """Returns the folder that `run:DIR` names.
-
-    Raises:
-      InputError: another kind of weights.
-    """
-    if not weights.startswith("run:"):
-        raise InputError(f"source.weights `{weights}` is of no known kind; use run:DIR, the folder of a finished run")
-    return Path(weights.removeprefix("run:")).expanduser()
 
 
 def plan_experiment(experiment: Experiment, method: Method) -> Plan:
     """Plans and costs one method of an experiment; never trains."""
+    experiment = resolve(experiment)
     return plan_method(experiment, method, task_of(experiment))
 
 

@@ -57,6 +57,9 @@ def _phase_partition(
     phase_rules = [(pattern, label if label in phase.train else FROZEN) for pattern, label in rules]
     groups = {label: group for label, group in phase.groups if label in phase.train}
     partition = Partition.of(model, phase_rules, groups=groups, statistics=phase.statistics)
+    if phase.statistics and all(leaf.kind != "statistic" for leaf in partition.leaves):
+        name = type(model).__name__
+        raise InputError(f"phase `{phase.name}` of method `{method.name}` estimates statistics; {name} keeps none")
     if phase.layer_decay == 1.0:
         return partition
     return _decayed(partition, phase, model, layers)

@@ -26,10 +26,20 @@ from jxfer.loop import Session
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Audit, Partition, arrays_of, fingerprint
 from jxfer.phase import EVAL_BATCH_SIZE, Context, PhaseResult, Splits, newest_checkpoint, rank, run_phase
-from jxfer.plan import PlannedPhase, Task, base_model, load_data, plan_phases, prepare_images, target_model
+from jxfer.plan import (
+    PlannedPhase,
+    Task,
+    base_model,
+    load_data,
+    plan_phases,
+    prepare_images,
+    target_model,
+    task_between,
+)
 from jxfer.sharding import make_mesh
+from jxfer.source import Source, base_record, delta
 from jxfer.step import init_state, make_eval_step
-from jxfer.typing import Arrays, AuditError, InputError, NonFiniteError
+from jxfer.typing import Arrays, AuditError, NonFiniteError
 
 COSTS = (
     "params_total",
@@ -42,15 +52,6 @@ COSTS = (
     "audit",
 )
 """The fields of a row that only a run that reached its end can fill."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A trained source model: its arrays by path, its classes, and the hash of its weights."""
-
-    arrays: Arrays
-    classes: tuple[str, ...]
-    weights_hash: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +107,7 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
     started = time.perf_counter()
     dataset = load_data(job.experiment.target)
     drawn = data.draw(dataset, job.experiment.target, job.shots, job.seed)
-    task = Task(
-        source.classes if source else dataset.class_names,
-        dataset.class_names,
-        dataset.input_shape,
-        job.experiment.target,
-        dataset.input,
-    )
+    task = task_between(source.classes if source else dataset.class_names, dataset, job.experiment)
     hashes = {
         "config_hash": job.config_hash,
         "subset_hash": drawn.subset_hash,
@@ -122,7 +117,7 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
     try:
         outcomes, failures = _train_variants(job, task, drawn, directory, session, source)
         chosen = max(outcomes, key=lambda outcome: rank(outcome.validation_metrics))
-        measured = _measure(job, task, drawn, directory, chosen) | _costs(outcomes, chosen)
+        measured = _measure(job, task, drawn, directory, chosen, source) | _costs(outcomes, chosen)
         measured["variants"] = [
             {"variant": o.variant, "validation_metrics": o.validation_metrics} for o in outcomes
         ] + failures
@@ -130,13 +125,15 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
         measured = {"status": "failed", "error": str(error), "metrics": None}
     except AuditError as error:
         measured = {"status": "failed", "error": error.args[0], "metrics": None, "audit": error.args[1]}
-    return {
+    row = {
         **_identity(job),
         **measured,
         "num_train": len(drawn.train),
         "seconds": time.perf_counter() - started,
         **hashes,
     }
+    (directory / "result.json").write_text(json.dumps(row, indent=2) + "\n")
+    return row
 
 
 def variants(experiment: Experiment, method: Method) -> dict[str, TrainConfig]:
@@ -149,19 +146,6 @@ def variants(experiment: Experiment, method: Method) -> dict[str, TrainConfig]:
         ",".join(f"{name}={value:g}" for name, value in values.items()): dataclasses.replace(experiment.train, **values)
         for values in combinations
     }
-
-
-def load_source(directory: Path) -> Source:
-    """Reads the weights of a finished run.
-
-    Raises:
-      InputError: there is no finished run in `directory`.
-    """
-    final = directory / "checkpoints" / "final"
-    if not final.exists():
-        raise InputError(f"no finished run in '{directory}': it has no checkpoints/final; run it to its end first")
-    arrays, metadata = checkpoint.load_arrays(final)
-    return Source(arrays, tuple(metadata["classes"]), checkpoint.weights_hash(arrays))
 
 
 def _record(job: Job, task: Task, hashes: dict[str, str | None], directory: Path) -> None:
@@ -236,7 +220,10 @@ def _train_variant(context: Context, task: Task, splits: Splits, source: Source 
     arrays = source.arrays if source else None
     model = target_model(nnx.merge(*start), context.method, task, source=arrays, seed=context.seed)
     results = []
-    for index, planned in enumerate(plan_phases(context.experiment, context.method, model)):
+    phases = plan_phases(context.experiment, context.method, model)
+    tables = [f"{planned.phase.name}, {planned.num_steps} steps\n{planned.partition}" for planned in phases]
+    (context.directory / "partition.txt").write_text("\n\n".join(tables) + "\n")
+    for index, planned in enumerate(phases):
         result = run_phase(context, planned, model, splits, index=index)
         before = arrays_of(model)
         model = planned.partition.assemble(nnx.graphdef(model), before | result.arrays)
@@ -284,17 +271,26 @@ def _test(experiment: Experiment, task: Task, model: nnx.Module, split: data.Spl
     return evaluate(eval_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=mesh)
 
 
-def _measure(job: Job, task: Task, drawn: data.Drawn, directory: Path, chosen: Outcome) -> dict[str, Any]:
+def _measure(
+    job: Job, task: Task, drawn: data.Drawn, directory: Path, chosen: Outcome, source: Source | None
+) -> dict[str, Any]:
     """Reads the test split, for the first and only time, and writes predictions and weights."""
     metrics, outputs = _test(job.experiment, task, chosen.model, drawn.test)
     np.savez(directory / "predictions.npz", ids=drawn.test.ids, labels=drawn.test.labels, logits=outputs)
     arrays = {path: value for path, value in arrays_of(chosen.model).items() if not _is_key(value)}
+    sample_rate = load_data(job.experiment.target).sample_rate or job.experiment.target.sample_rate
     metadata = {
         "model": config.to_dict(job.experiment.model),
         "classes": list(task.target_classes),
+        "input": task.input,
         "input_shape": list(task.input_shape),
-        "data": config.to_dict(job.experiment.target),
+        "data": config.to_dict(dataclasses.replace(job.experiment.target, sample_rate=sample_rate)),
     }
+    if job.experiment.save == "delta" and source is not None:
+        metadata |= {"paths": list(arrays), "base": base_record(job.experiment, source, directory)}
+        arrays = delta(arrays, source)
+    if task.input == "text":
+        (directory / "tokenizer.json").write_text(data.tokenizer_json(job.experiment.target))
     checkpoint.save_arrays(directory / "checkpoints" / "final", arrays, metadata=metadata)
     return {"variant": chosen.variant, "metrics": metrics, "validation_metrics": chosen.validation_metrics}
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -32,7 +33,11 @@ def prepare_jax() -> None:
 def open_session() -> Iterator[Session]:
     """Lends a session that shows progress on stderr and stops on SIGTERM and SIGINT."""
     with stop_signals() as should_stop, progress() as tracker:
-        yield Session(progress=tracker, should_stop=should_stop)
+        yield Session(progress=tracker, should_stop=should_stop, note=_note)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

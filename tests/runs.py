@@ -14,7 +14,7 @@ import tiny
 from flax import nnx
 from PIL import Image
 
-from jxfer import checkpoint, models, partition, run, sharding
+from jxfer import checkpoint, models, partition, sharding, source
 from jxfer.config import DataConfig, Experiment, MeshConfig, Method, ModelConfig, SourceConfig, TrainConfig
 from jxfer.loop import Session
 
@@ -82,7 +82,7 @@ def build_source(model: str) -> nnx.Module:
     return models.build(ModelConfig(model), num_classes=num_classes, input_shape=(8, 8, 1), rngs=nnx.Rngs(7))
 
 
-def write_source(directory: Path, model: str) -> run.Source:
+def write_source(directory: Path, model: str) -> source.Source:
     """Returns a source as a finished run leaves it; random weights and statistics transfer as well as any."""
     if not directory.exists():
         rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def write_source(directory: Path, model: str) -> run.Source:
                 noise = rng.uniform(0.5, 1.5, value.shape)  # positive, as variances must stay
                 arrays[path] = np.asarray(value * noise, value.dtype)
         checkpoint.save_arrays(directory / "checkpoints" / "final", arrays, metadata={"classes": SOURCE_CLASSES})
-    return run.load_source(directory)
+    return source.load_source(directory)
 
 
 def with_train(experiment: Experiment, **settings: Any) -> Experiment:

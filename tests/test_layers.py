@@ -11,14 +11,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jxfer"
 
 LAYERS = (
-    ("typing", "config", "paths", "checks"),
+    ("typing", "config", "paths", "origins", "checks"),
     ("data", "models"),
     ("partition", "weights", "sharding"),
     ("surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("step",),
     ("cost", "planned", "source", "plan", "features", "evaluate", "checkpoint", "logs", "loop", "phase"),
-    ("run", "directory", "ablate"),
+    ("run", "predict", "export", "directory", "ablate"),
     ("report",),
     ("overrides", "progress", "session", "cli"),
 )

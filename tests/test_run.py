@@ -11,7 +11,7 @@ import pytest
 import runs
 from flax import nnx
 
-from jxfer import checkpoint, config, data, methods, partition, phase, run
+from jxfer import checkpoint, config, data, methods, partition, phase, run, source
 from jxfer.config import Experiment, Group, MeshConfig, Method, ModelConfig, Phase, SearchConfig
 from jxfer.plan import load_data
 from jxfer.run import Job
@@ -300,4 +300,4 @@ def test_the_hash_of_a_config_changes_with_what_changes_results_and_nothing_else
 
 def test_the_weights_of_a_run_that_never_finished_are_one_line(tmp_path):
     with pytest.raises(InputError, match=r"no finished run in .*; run it to its end first"):
-        run.load_source(tmp_path)
+        source.load_source(tmp_path)

@@ -1,6 +1,6 @@
 """Sources of examples, pinned splits, batches, and augmentation."""
 
-from jxfer.data.augment import Prepare
+from jxfer.data.augment import NORMAL, Prepare
 from jxfer.data.dataset import ArraySplit, Dataset, LazySplit, Split, Subset
 from jxfer.data.load import encode_texts, keep_words, load_dataset, names, tokenizer_json
 from jxfer.data.opening import read_file
@@ -8,6 +8,7 @@ from jxfer.data.pipeline import batches, eval_batches
 from jxfer.data.subsets import Drawn, draw
 
 __all__ = [
+    "NORMAL",
     "ArraySplit",
     "Dataset",
     "Drawn",

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jxfer import paths
 from jxfer.config import ModelConfig
-from jxfer.models import cifar_resnet, convnet, resnet
+from jxfer.models import alexnet, bert, cifar_resnet, convnet, mobilenet, resnet, squeezenet, vgg
 from jxfer.models.stages import Staged, run_stages, stage_of
 from jxfer.typing import Input, InputError
 
@@ -19,11 +19,25 @@ __all__ = ["Staged", "build", "names", "reads", "run_stages", "size_of", "stage_
 AUTO = "auto"
 """The name that stands for the network that the source's weights are of."""
 
-_CONFIGS: dict[str, Any] = {**convnet.CONFIGS, **cifar_resnet.CONFIGS, **resnet.CONFIGS}
 _ARCHITECTURES: dict[type, Any] = {
-    convnet.ConvNetConfig: convnet.ConvNet,
+    alexnet.AlexNetConfig: alexnet.AlexNet,
+    bert.BertConfig: bert.Bert,
     cifar_resnet.CifarResNetConfig: cifar_resnet.CifarResNet,
+    convnet.ConvNetConfig: convnet.ConvNet,
+    mobilenet.MobileNetV2Config: mobilenet.MobileNetV2,
     resnet.ResNetConfig: resnet.ResNet,
+    squeezenet.SqueezeNetConfig: squeezenet.SqueezeNet,
+    vgg.VGGConfig: vgg.VGG,
+}
+_CONFIGS: dict[str, Any] = {
+    **convnet.CONFIGS,
+    **cifar_resnet.CONFIGS,
+    **resnet.CONFIGS,
+    **alexnet.CONFIGS,
+    **vgg.CONFIGS,
+    **squeezenet.CONFIGS,
+    **mobilenet.CONFIGS,
+    **bert.CONFIGS,
 }
 
 

@@ -4,6 +4,7 @@ from jxfer.models.alexnet import POOLED_SIDE, AlexNetConfig
 from jxfer.weights.names.convolutional import IMAGENET
 from jxfer.weights.names.parts import conv, linear
 from jxfer.weights.naming import FlatLinear, Naming, Rule
+from jxfer.weights.resize import InputChannels
 
 
 def _rules(config: AlexNetConfig) -> tuple[Rule, ...]:
@@ -13,5 +14,8 @@ def _rules(config: AlexNetConfig) -> tuple[Rule, ...]:
     hidden = (flat, Rule("classifier.1.bias", "hidden1/linear/bias"), *linear("classifier.4", "hidden2/linear"))
     return (*sum(convs, ()), *hidden, *linear("classifier.6", "head"))
 
+
+RESIZES = (("conv1/conv/kernel", InputChannels()),)
+"""The first kernel can be changed to other channels."""
 
 NAMINGS = (Naming("torchvision", rules=_rules, preprocessing=IMAGENET),)

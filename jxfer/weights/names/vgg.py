@@ -4,6 +4,7 @@ from jxfer.models.vgg import POOLED_SIDE, VGGConfig
 from jxfer.weights.names.convolutional import COUNTERS, IMAGENET, batch_norm
 from jxfer.weights.names.parts import conv, linear
 from jxfer.weights.naming import FlatLinear, Naming, Rule
+from jxfer.weights.resize import InputChannels
 
 
 def _rules(config: VGGConfig) -> tuple[Rule, ...]:
@@ -24,5 +25,8 @@ def _layers(config: VGGConfig) -> tuple[Rule, ...]:
         index += 1
     return rules
 
+
+RESIZES = (("layer1/0/conv/kernel", InputChannels()),)
+"""The first kernel can be changed to other channels."""
 
 NAMINGS = (Naming("torchvision", rules=_rules, ignored=(COUNTERS,), preprocessing=IMAGENET),)

@@ -1,0 +1,23 @@
+"""Ants or bees? 244 photographs, with and without ImageNet: what do 1.2 million pictures of other things bring?
+
+Source: SqueezeNet 1.1 trained on ImageNet. Target: the hymenoptera set, 123 ants and 121 bees to train on, 153 to test.
+
+    jxfer ablate experiments/ants_bees.py --target.name folder:hymenoptera_data \
+        --source.weights file:squeezenet_weights_tf_dim_ordering_tf_kernels_notop.h5
+
+Any other published network serves as well: `--source.weights hf:microsoft/resnet-18 --model.name auto`.
+"""
+
+from jxfer import methods
+from jxfer.config import AugmentConfig, DataConfig, Experiment, ModelConfig, SearchConfig, SourceConfig, TrainConfig
+
+experiment = Experiment(
+    name="ants_bees",
+    source=SourceConfig(weights="file:squeezenet_weights_tf_dim_ordering_tf_kernels_notop.h5"),
+    target=DataConfig("folder:hymenoptera_data", channels=3, validation_fraction=0.2, augment=AugmentConfig(flip=True)),
+    model=ModelConfig("squeezenet1_1"),
+    train=TrainConfig(num_steps=60, batch_size=32, warmup_steps=5, eval_every=20),
+    search=SearchConfig(learning_rate=(1e-4, 1e-3)),
+    methods=(methods.scratch, methods.linear_probe, methods.fine_tuning, methods.layer_decay),
+    seeds=5,
+)

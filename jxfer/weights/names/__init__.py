@@ -1,0 +1,64 @@
+"""Under which names each architecture's weights are published, and which architecture a published config is of."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jxfer.config import ModelConfig
+from jxfer.models.alexnet import AlexNetConfig
+from jxfer.models.bert import BertConfig
+from jxfer.models.cifar_resnet import CifarResNetConfig
+from jxfer.models.mobilenet import MobileNetV2Config
+from jxfer.models.resnet import ResNetConfig
+from jxfer.models.squeezenet import SqueezeNetConfig
+from jxfer.models.vgg import VGGConfig
+from jxfer.weights.convert import Resizes
+from jxfer.weights.names import alexnet, bert, cifar_resnet, mobilenet, resnet, squeezenet, vgg
+from jxfer.weights.naming import Naming
+from jxfer.weights.resize import InputChannels
+
+_MODULES: dict[type, Any] = {
+    AlexNetConfig: alexnet,
+    BertConfig: bert,
+    CifarResNetConfig: cifar_resnet,
+    MobileNetV2Config: mobilenet,
+    ResNetConfig: resnet,
+    SqueezeNetConfig: squeezenet,
+    VGGConfig: vgg,
+}
+
+_FIRST_CONVOLUTION = (("stem/conv/kernel", InputChannels()), ("stem/kernel", InputChannels()))
+"""What of an architecture without rules of its own can be resized: its first kernel, to other channels."""
+
+
+def namings_of(size: Any) -> tuple[Naming, ...]:
+    """Returns the ways in which an architecture is published; none for one of our own."""
+    module = _MODULES.get(type(size))
+    return module.NAMINGS if module else ()
+
+
+def resizes_of(size: Any) -> Resizes:
+    """Returns which leaves of an architecture can be resized, and how."""
+    return getattr(_MODULES.get(type(size)), "RESIZES", _FIRST_CONVOLUTION)
+
+
+def identify(config: Mapping[str, Any]) -> ModelConfig | None:
+    """Returns the model that a published `config.json` describes, None where it is none that is known.
+
+    Raises:
+      InputError: it is of a known family, with a part that is not built.
+    """
+    for module in _MODULES.values():
+        for naming in module.NAMINGS:
+            if found := naming.read_config(config):
+                name, fields = found
+                return ModelConfig(name, size=tuple((field, spell(value)) for field, value in fields.items()))
+    return None
+
+
+def spell(value: Any) -> str:
+    """Returns the value of a size's field as `ModelConfig.size` has it."""
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(spell, value))
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

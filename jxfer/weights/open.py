@@ -1,0 +1,131 @@
+"""What is published at an origin: tensors that are not read yet, and what comes with them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jxfer.origins import fetch, weights_files
+from jxfer.typing import InputError
+from jxfer.weights.files import open_tensors
+from jxfer.weights.tensors import Tensor
+
+CHUNK_BYTES = 2**22
+
+_RESAMPLE = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
+"""Pillow's numbers and timm's words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Weights and what came with them."""
+
+    origin: str
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    """The parsed `config.json`; empty where there is none."""
+    classes: tuple[str, ...]
+    """Names of the head's outputs; empty where nothing says."""
+    preprocessing: Mapping[str, Any]
+    """Fields of `DataConfig` that the files say."""
+    tokenizer: Path | None
+    hash: str
+    """16 hex digits of the SHA-256 of the weights files' bytes."""
+
+
+def open_published(origin: str) -> Published:
+    """Opens weights without reading their values.
+
+    Raises:
+      InputError: the origin cannot be reached, or a file is missing or damaged.
+    """
+    files = weights_files(origin)
+    tensors = open_tensors(files)
+    config = _read_json(origin, "config.json")
+    processor = _read_json(origin, "preprocessor_config.json")
+    return Published(
+        origin,
+        tensors,
+        config,
+        _classes(config),
+        _of_timm(config) | _of_processor(processor),
+        fetch(origin, "tokenizer.json"),
+        _hash(files),
+    )
+
+
+def _read_json(origin: str, name: str) -> dict[str, Any]:
+    file = fetch(origin, name)
+    if file is None:
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"'{file}' is not the JSON of a model; fetch '{origin}' again") from error
+
+
+def _classes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of transformers' `id2label` or timm's `label_names`, in the order of the outputs."""
+    if config.get("label_names"):
+        return tuple(map(str, config["label_names"]))
+    labels = config.get("id2label") or {}
+    if any(name == f"LABEL_{index}" for index, name in labels.items()):
+        return ()  # what transformers writes where nobody named them
+    return tuple(str(labels[index]) for index in sorted(labels, key=int))
+
+
+def _of_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    pretrained = config.get("pretrained_cfg") or {}
+    size = pretrained.get("input_size")
+    found = {
+        "mean": _floats(pretrained.get("mean")),
+        "std": _floats(pretrained.get("std")),
+        "image_size": int(size[-1]) if size else None,
+        "crop_fraction": _share(pretrained.get("crop_pct")),
+        "resample": _RESAMPLE.get(pretrained.get("interpolation")),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _of_processor(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what transformers' image processors write: sizes are a number, a shortest edge, or height and width."""
+    resized, cropped = (_side(processor.get(name)) for name in ("size", "crop_size"))
+    crops = processor.get("do_center_crop") and cropped is not None
+    side = cropped if crops else resized
+    share = processor.get("crop_pct")
+    if crops and cropped and resized and resized >= cropped:
+        share = cropped / resized
+    found = {
+        "mean": _floats(processor.get("image_mean")),
+        "std": _floats(processor.get("image_std")),
+        "image_size": side if processor.get("do_resize", True) else None,
+        "crop_fraction": _share(share),
+        "resample": _RESAMPLE.get(processor.get("resample")),
+        "channel_order": processor.get("channel_order"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _side(size: Any) -> int | None:
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge", size.get("height"))
+    return int(size) if isinstance(size, (int, float)) else None
+
+
+def _floats(values: Any) -> tuple[float, ...] | None:
+    return tuple(map(float, values)) if isinstance(values, Sequence) and values else None
+
+
+def _share(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and 0 < value <= 1 else None
+
+
+def _hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
