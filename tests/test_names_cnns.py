@@ -115,6 +115,16 @@ def test_layouts_of_all_tensors_are_undone_by_their_inverse(name, naming, all_sh
         np.testing.assert_array_equal(rule.layout.to_ours(rule.layout.to_theirs(array)), array)
 
 
+@pytest.mark.parametrize(("name", "names"), [("alexnet", alexnet_names), ("vgg11", vgg_names)])
+def test_the_first_kernel_can_be_changed_to_grey_images(name, names, all_shapes):
+    ((path, resize),) = names.RESIZES
+    rows, columns, channels, width = all_shapes[name][path]
+    assert channels == 3
+    kernel = np.random.default_rng(0).normal(size=(rows, columns, channels, width)).astype(np.float32)
+    grey = resize(kernel, (rows, columns, 1, width))
+    np.testing.assert_allclose(grey[:, :, 0], kernel.sum(axis=2), rtol=1e-6)
+
+
 def test_the_first_hidden_layer_reads_rows_columns_channels_where_pytorch_reads_channels_first():
     (rule,) = [
         rule for rule in alexnet_names.NAMINGS[0].rules(alexnet.AlexNetConfig()) if "classifier.1.w" in rule.theirs
