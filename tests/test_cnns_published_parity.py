@@ -25,14 +25,12 @@ def ants_and_bees(archive: Path, size: int, fraction: float) -> tuple[dict[str, 
     """Returns images [N size size 3] uint8 and whether each shows bees, of `train` and `val`."""
     images: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     bees: dict[str, list[bool]] = {"train": [], "val": []}
-    margin = round(size / fraction) - size
+    shape = ImageShape(size, 3, crop_fraction=fraction)
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.name.endswith(".jpg"):
                 _, split, kind, _ = member.name.split("/")
-                file = io.BytesIO(tar.extractfile(member).read())
-                whole = decode(file, ImageShape(size + margin, 3))
-                images[split].append(whole[margin // 2 :, margin // 2 :][:size, :size])
+                images[split].append(decode(io.BytesIO(tar.extractfile(member).read()), shape))
                 bees[split].append(kind == "bees")
     return {split: np.stack(each) for split, each in images.items()}, {k: np.asarray(v) for k, v in bees.items()}
 
@@ -63,7 +61,7 @@ def test_published_squeezenet_features_tell_ants_from_bees(real_data):
     }
     probe = LogisticRegression(max_iter=5000).fit(features["train"], bees["train"])
     assert len(bees["val"]) == 153
-    assert probe.score(features["val"], bees["val"]) >= 0.889  # 0.922; with random weights 0.608
+    assert probe.score(features["val"], bees["val"]) >= 0.889  # 0.915; in RGB 0.863, with random weights 0.608
 
 
 @pytest.mark.parametrize(("file", "name"), [("resnet20-12fca82f.th", "resnet20"), ("resnet32-d509ac18.th", "resnet32")])
