@@ -34,6 +34,9 @@ _SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
 }
 
+# What damaged archives raise besides: unknown flags, ways of compression and versions, headers that are no Python.
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, KeyError, TypeError, SyntaxError)
+
 
 def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """Returns handles of all tensors of one or several files (the shards of one checkpoint), by name.
@@ -47,6 +50,8 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
         for name, tensor in _open_file(Path(file)).items():
             if name in tensors:
                 raise InputError(f"'{file}' and '{tensors[name].file}' both hold `{name}`; give the files of one model")
+            if not name.isprintable():
+                raise damaged(file, f"it holds a tensor of the name {name!a}")
             tensors[name] = tensor
     return tensors
 
@@ -116,7 +121,7 @@ def _open_npz(file: Path) -> dict[str, Tensor]:
             tensors = [_npy(file, archive, member) for member in members]
     except InputError:
         raise
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except _ZIP_ERRORS as error:
         raise damaged(file, "it is not a whole npz archive") from error
     return {tensor.name: tensor for tensor in tensors}
 
@@ -136,7 +141,7 @@ def _npy(file: Path, archive: zipfile.ZipFile, member: str) -> Tensor:
         try:
             with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
                 array = np.lib.format.read_array(stream, allow_pickle=False).view(own)
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+        except _ZIP_ERRORS as error:
             raise damaged(file, f"`{name}` cannot be read") from error
         return array if rows is None else array[slice(*rows)]
 
@@ -176,11 +181,12 @@ def _open_onnx(file: Path) -> dict[str, Tensor]:
     onnx = _import("onnx", file)
     try:
         graph = onnx.load(file, load_external_data=False).graph
+        tensors = {str(proto.name): _onnx_tensor(file, proto) for proto in graph.initializer}
     except Exception as error:  # protobuf has exceptions of its own, which differ between its implementations
         raise damaged(file, "it is not an ONNX model") from error
-    if not graph.initializer:
+    if not tensors:
         raise damaged(file, "it holds no initialisers")
-    return {tensor.name: _onnx_tensor(file, tensor) for tensor in graph.initializer}
+    return tensors
 
 
 def _onnx_tensor(file: Path, proto: Any) -> Tensor:
@@ -194,7 +200,7 @@ def _onnx_tensor(file: Path, proto: Any) -> Tensor:
         return array if rows is None else array[slice(*rows)]
 
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type))
-    return Tensor(proto.name, tuple(proto.dims), dtype, file, rows)
+    return Tensor(str(proto.name), tuple(proto.dims), dtype, file, rows)
 
 
 def _import(package: str, file: Path) -> Any:

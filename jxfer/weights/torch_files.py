@@ -14,7 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -108,10 +108,13 @@ def open_torch(file: Path) -> dict[str, Tensor]:
         raise damaged(file, "it is not a whole PyTorch file") from error
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Knows the names in `_KNOWN` and nothing else."""
+class _TensorUnpickler(pickle._Unpickler):
+    """Knows the names in `_KNOWN` and nothing else.
 
-    def __init__(self, stream: BinaryIO, file: Path):
+    It is Python's own because the one in C reserves as much memory as a damaged file asks for.
+    """
+
+    def __init__(self, stream: io.BufferedIOBase, file: Path):
         super().__init__(stream, encoding="utf-8")
         self._file = file
 
@@ -122,8 +125,9 @@ class _TensorUnpickler(pickle.Unpickler):
           InputError: the name is none of those that tensors need.
         """
         if (known := _KNOWN.get(f"{module}.{name}")) is None:
+            full = f"{module}.{name}".encode("unicode_escape").decode()
             raise InputError(
-                f"'{self._file}' is refused: its pickle calls `{module}.{name}`, which is not a tensor; "
+                f"'{self._file}' is refused: its pickle calls `{full}`, which is not a tensor; "
                 "save the tensors alone, as safetensors or torch.save(model.state_dict(), ...)"
             )
         return known
@@ -143,6 +147,16 @@ class _DType:
     """Stands for `torch.FloatStorage`, `torch.float32` and the like; has slots so that no pickle can alter it."""
 
     dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Function:
+    """Stands for a function; has slots so that no pickle can alter it."""
+
+    fn: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
 
 
 class _Ignored:
@@ -184,10 +198,10 @@ _KNOWN: dict[str, Any] = {
     "__builtin__.set": set,
     "torch.Size": tuple,
     "torch.device": _Ignored,
-    "torch._utils._rebuild_tensor": _rebuild,
-    "torch._utils._rebuild_tensor_v2": _rebuild,
-    "torch._utils._rebuild_tensor_v3": _rebuild_typed,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_tensor": _Function(_rebuild),
+    "torch._utils._rebuild_tensor_v2": _Function(_rebuild),
+    "torch._utils._rebuild_tensor_v3": _Function(_rebuild_typed),
+    "torch._utils._rebuild_parameter": _Function(_rebuild_parameter),
     "numpy.dtype": _Ignored,
     "numpy.core.multiarray.scalar": _Ignored,
     "numpy._core.multiarray.scalar": _Ignored,
@@ -222,7 +236,7 @@ def _read_zip(file: Path) -> _Read:
     return content, places
 
 
-def _place(stream: BinaryIO, member: zipfile.ZipInfo) -> _Place:
+def _place(stream: io.BufferedIOBase, member: zipfile.ZipInfo) -> _Place:
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError("PyTorch compresses nothing")
     # The local header repeats the name and has an extra field of its own length, which aligns the data.
@@ -264,7 +278,7 @@ def _foreign_order(file: Path) -> InputError:
 class _Recording(_TensorUnpickler):
     """Also notes the storages it meets, whose types the old format gives nowhere else."""
 
-    def __init__(self, stream: BinaryIO, file: Path, storages: dict[str, _Storage]):
+    def __init__(self, stream: io.BufferedIOBase, file: Path, storages: dict[str, _Storage]):
         super().__init__(stream, file)
         self._storages = storages
 
