@@ -115,16 +115,16 @@ def _hub(rest: str) -> Path:
         raise InputError("`hf:` needs the package huggingface_hub; `pip install 'jxfer[hub]'`") from error
     hub: Any = huggingface_hub
     settings = {"repo_id": name, "revision": revision or None}
-    by_hand = f"run `hf download {name} --local-dir DIR`, copy DIR here and give `file:DIR`"
+    fix = f"run `hf download {name} --local-dir DIR`, copy DIR here and give `file:DIR`"
     try:
         return Path(hub.snapshot_download(**settings, allow_patterns=_wanted(hub, settings)))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise InputError(
-            f"`hf:{rest}` does not exist, or is not open to you (HF_TOKEN): {_first_line(error)}; where it is, {by_hand}"
+            f"`hf:{rest}` does not exist, or is not open to you (HF_TOKEN): {_first_line(error)}; where it is, {fix}"
         ) from error
     except Exception as error:  # the hub's client passes on what the library below it raises, which has changed twice
         raise InputError(
-            f"`hf:{rest}` cannot be fetched ({_first_line(error)}); where there is a network, {by_hand}"
+            f"`hf:{rest}` cannot be fetched ({_first_line(error)}); where there is a network, {fix}"
         ) from error
 
 

@@ -135,7 +135,7 @@ def hub(monkeypatch):
     return huggingface_hub
 
 
-class ReadTimeout(Exception):
+class ReadTimeoutError(Exception):
     """What the library below the hub's client raises, which is another from version to version."""
 
 
@@ -156,9 +156,11 @@ def test_a_repository_is_what_the_hubs_cache_holds_of_it(hub, folder, monkeypatc
     assert asked["revision"] is None
 
 
-@pytest.mark.parametrize("kind", ["LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ReadTimeout"])
+@pytest.mark.parametrize(
+    "kind", ["LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ReadTimeoutError"]
+)
 def test_without_a_network_a_line_says_how_to_fetch_elsewhere(kind, hub, monkeypatch):
-    own = {"ConnectionError": ConnectionError, "ReadTimeout": ReadTimeout}
+    own = {"ConnectionError": ConnectionError, "ReadTimeoutError": ReadTimeoutError}
     error = (own.get(kind) or getattr(hub.errors, kind))("cannot find the files.\nSee the guide.")
 
     def offline(**settings):
