@@ -70,7 +70,8 @@ def mel_matrix(config: LogMelConfig) -> Float32[np.ndarray, "frequencies M"]:
     """Returns the weight of each frequency of the transform in each mel."""
     hertz = np.linspace(0, config.sample_rate / 2, config.fft_size // 2 + 1)
     to_mel, to_hertz = (_htk, _htk_hertz) if config.scale == "htk" else (_slaney, _slaney_hertz)
-    edges = np.linspace(*to_mel(np.array([config.low_hertz, config.high_hertz])), config.num_mels + 2)
+    lowest, highest = to_mel(np.array([config.low_hertz, config.high_hertz]))
+    edges = np.linspace(lowest, highest, config.num_mels + 2)
     # HTK's triangles have straight sides over mels, Slaney's over hertz.
     place, corners = (to_mel(hertz), edges) if config.scale == "htk" else (hertz, to_hertz(edges))
     low, middle, high = corners[:-2], corners[1:-1], corners[2:]
