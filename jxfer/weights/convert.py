@@ -204,8 +204,8 @@ def _fitted(source: Source, path: Path, action: str, shape: tuple[int, ...], res
     resize = next((resize for pattern, resize in resizes if paths.match(path, pattern)), None)
     misfit = f"{what}: `{source.tensor.name}` gives `{path}` the shape {source.shape}, the model needs {shape}"
     if action != "resize":
-        fix = "resize" if resize is not None else "reinitialise"
-        raise InputError(f"{misfit}; add the rule ('{path}', '{fix}')")
+        fix = (path, "resize") if resize is not None else (_module(path), "reinitialise")
+        raise InputError(f"{misfit}; add the rule {fix}")
     if resize is None:
         raise InputError(f"{misfit}, and nothing is known about resizing it; use 'reinitialise'")
     return dataclasses.replace(source, resize=resize)

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import math
+import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ TensorStatus = Literal["used", "unused", "ignored"]
 
 FROM_FILE: tuple[LeafStatus, ...] = ("loaded", "transposed", "resized")
 """What can become of a leaf that has its values from the file."""
+
+_ORDER: tuple[str, ...] = (*typing.get_args(LeafStatus), *typing.get_args(TensorStatus))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Manifest:
 
 def _line(of: str, entries: list[tuple[str, int]], share: float, verb: str) -> str:
     counts = collections.Counter(status for status, _ in entries)
-    each = ", ".join(f"{count} {status}" for status, count in counts.items())
+    each = ", ".join(f"{counts[status]} {status}" for status in _ORDER if counts[status])
     percent = math.floor(1000 * share) / 10  # 100 % means all of it
     return f"  {of}: {each}; {percent:g} % of {sum(size for _, size in entries):,} bytes {verb}"
 
