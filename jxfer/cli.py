@@ -49,7 +49,7 @@ class Command:
     """Name -> value and help, of the options that are not settings."""
 
     @property
-    def most_operands(self) -> float:
+    def most_operands(self) -> int | float:
         """How many operands it takes."""
         return math.inf if "..." in self.operands else len(self.operands.split())
 
@@ -155,12 +155,8 @@ def predict(args: Arguments) -> int:
         failed += prediction.error is not None
         if "json" in args.options:
             print(json.dumps(prediction.to_json()), flush=True)
-        elif prediction.error is not None:
-            print(f"jxfer: {prediction.input}: cannot be read: {prediction.error}", file=sys.stderr)
         else:
-            first, *rest = list(prediction.probabilities.items())[:3]
-            others = ", ".join(f"{name} {probability:.1%}" for name, probability in rest)
-            print(f"{first[0]:16} {first[1]:6.1%}  {prediction.input}" + (f"  ({others})" if others else ""))
+            print(prediction, file=sys.stderr if prediction.error else sys.stdout)
     if failed:
         print(f"jxfer: inputs that could not be read: {failed}", file=sys.stderr)
     return BAD_INPUT if failed else DONE

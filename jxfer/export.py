@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jxfer import __version__, data, models, paths
+from jxfer import data, models, paths
 from jxfer.config import to_dict
 from jxfer.partition import eval_graphdef
 from jxfer.source import FinishedRun
@@ -87,7 +88,7 @@ def _config(run: FinishedRun, size: Any, naming: Naming | None) -> dict[str, Any
     labels = {str(index): name for index, name in enumerate(run.classes)}
     own = {
         "jxfer": {
-            "version": __version__,
+            "version": version("jxfer"),
             "model": to_dict(run.model),
             "input": run.input,
             "input_shape": list(run.input_shape),
@@ -150,7 +151,7 @@ def _card(run: FinishedRun, naming: Naming | None, files: list[Path]) -> str:
     lines = [
         f"# {run.model.name} for {len(run.classes)} classes",
         "",
-        f"Written by jxfer {__version__}. Classes, in the order of the outputs: {', '.join(run.classes)}.",
+        f"Written by jxfer {version('jxfer')}. Classes, in the order of the outputs: {', '.join(run.classes)}.",
         "",
         f"- network: `{run.model.name}`, {num_params:,} values, named as in {naming.name if naming else 'jxfer'}",
         f"- input: {run.input}, one example is {' × '.join(map(str, run.input_shape))}",

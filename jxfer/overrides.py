@@ -171,11 +171,14 @@ def _words(name: str, value: str, hint: Any) -> list[str]:
 def _spell(value: str, hint: Any) -> list[str]:
     """Returns the value in the words that tyro reads for this type."""
     args = typing.get_args(hint)
+    if types.NoneType in args:
+        some = next(kind for kind in args if kind is not types.NoneType)
+        return ["None"] if value.lower() == "none" else _spell(value, some)
     if typing.get_origin(hint) is tuple and typing.get_origin(args[0]) is tuple:
         return [part for pair in value.split() for part in pair.rsplit("=", 1)]
     if typing.get_origin(hint) is tuple:
         return [word for part in value.split(",") for word in _spell(part.strip(), args[0])]
-    if hint is bool or (types.NoneType in args and value.lower() == "none"):
+    if hint is bool:
         return [value.capitalize()]
     return [value]
 

@@ -34,6 +34,13 @@ class Prediction:
     """Class -> probability, the largest first."""
     error: str | None = None
 
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"{self.input}: cannot be read: {self.error}"
+        others = [f"{name} {probability:.1%}" for name, probability in list(self.probabilities.items())[1:3]]
+        also = f"  ({', '.join(others)})" if others else ""
+        return f"{self.label:16} {self.probabilities[self.label or '']:6.1%}  {self.input}{also}"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the line that `jxfer predict --json` prints."""
         if self.error is not None:

@@ -5,13 +5,10 @@ T samples of a sound, D features.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import jax
 import numpy as np
-
-if TYPE_CHECKING:
-    from jxfer.config import DataConfig
 
 PyTree: TypeAlias = Any
 Path: TypeAlias = str
@@ -79,12 +76,12 @@ class Surgery(Protocol):
         *,
         source_classes: Sequence[str],
         target_classes: Sequence[str],
-        data: "DataConfig",
+        data: Any,
         rngs: Any,
     ) -> None:
         """Alters the module in place; must also work on an abstract one inside `nnx.eval_shape`.
 
-        `source_classes` is empty where the source's weights came without a head; `data` says how the target's examples
-        are prepared.
+        `source_classes` is empty where the source's weights came without a head; `data`, a
+        `DataConfig`, says how the target's examples are prepared.
         """
         ...

@@ -21,9 +21,11 @@ NEW = "new"
 TABLE = {
     "scratch": (["all"], None),
     "zero_shot": ([], "kept"),
+    "norm_statistics": (["statistics"], "kept"),
     "linear_probe": (["head"], NEW),
     "feature_retraining": (["head"], NEW),
     "fine_tuning": (["all"], NEW),
+    "layer_decay": (["all"], NEW),
     "fine_tuning_kept_head": (["all"], "kept"),
     "partial": (["last"], NEW),
     "lp_ft": (["head", "all"], NEW),
@@ -72,9 +74,13 @@ def test_what_trains_is_what_the_table_says(name, method_name):
     assert len(planned) == len(expected)
     assert sum(phase.num_steps for phase in planned) == (6 if expected else 0)
     for phase, kind in zip(planned, expected, strict=True):
-        stages = moving_stages(kind, name, model)
         for leaf in phase.partition.leaves:
-            assert (leaf.label != FROZEN) == (leaf.path.split("/")[0] in stages), leaf.path
+            moves = (
+                leaf.kind == "statistic"
+                if kind == "statistics"
+                else leaf.path.split("/")[0] in moving_stages(kind, name, model)
+            )
+            assert (leaf.label != FROZEN) == moves, leaf.path
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)

@@ -248,7 +248,7 @@ def test_the_classes_come_from_the_data_and_from_the_record_of_a_run(tmp_path, m
 
     with pytest.raises(InputError, match=r"run:.*: no run there, '.*config.json' does not exist"):
         task_from(f"run:{tmp_path}")
-    with pytest.raises(InputError, match="`/a/b` is of no known kind; use run:DIR"):
+    with pytest.raises(InputError, match="is of no known kind; use hf:OWNER"):
         task_from("/a/b")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "somebody else's"}))
     with pytest.raises(InputError, match="is not the record of a jxfer run"):
