@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from weights import exported, fill
 
-from jxfer.models.rnn import CONFIGS, Rnn, RnnConfig
+from jxfer.models.rnn import CONFIGS, Pool, Rnn, RnnConfig
 from jxfer.models.stages import run_stages
 from jxfer.partition import arrays_of
 from jxfer.typing import InputError
@@ -18,7 +18,13 @@ from jxfer.weights.names.rnn import NAMINGS
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 TINY = RnnConfig(vocab_size=11, embedding_dim=4, hidden_dim=3, num_layers=2)
-FORWARD = nnx.jit(lambda model, x: model.features(x))
+HIDDEN = nnx.jit(lambda model, x: run_stages(model, x, stop="pool"))
+LOGITS = nnx.jit(lambda model, x: model(x))
+POOLINGS = ("last", "mean", "max")
+
+
+def pooled(pooling, x):
+    return Pool(dataclasses.replace(TINY, pooling=pooling))(x)
 
 
 def network(config=TINY, *, dtype=jnp.float32, seed=0):
@@ -30,38 +36,39 @@ def ids(*rows):
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
-def test_padding_changes_nothing(cell, pooling):
-    model = network(dataclasses.replace(TINY, cell=cell, pooling=pooling))
-    short = FORWARD(model, ids([5, 3, 8], [7, 2, 0]))
-    long = FORWARD(model, ids([5, 3, 8, 0, 0, 0], [7, 2, 0, 0, 0, 0]))
-    np.testing.assert_allclose(short, long, rtol=1e-6, atol=1e-6)
+def test_padding_changes_nothing(cell):
+    model = network(dataclasses.replace(TINY, cell=cell))
+    short = HIDDEN(model, ids([5, 3, 8], [7, 2, 0]))
+    long = HIDDEN(model, ids([5, 3, 8, 0, 0, 0], [7, 2, 0, 0, 0, 0]))
+    assert not long["hidden"][:, 3:].any()
+    for pooling in POOLINGS:
+        np.testing.assert_allclose(pooled(pooling, short), pooled(pooling, long), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
-def test_a_text_without_tokens_gives_zeros(pooling):
-    features = FORWARD(network(dataclasses.replace(TINY, pooling=pooling)), ids([0, 0, 0], [1, 2, 3]))
-    assert not features[0].any()
-    assert features[1].any()
+def test_a_text_without_tokens_gives_zeros():
+    hidden = HIDDEN(network(), ids([0, 0, 0], [1, 2, 3]))
+    for pooling in POOLINGS:
+        features = pooled(pooling, hidden)
+        assert not features[0].any()
+        assert features[1].any()
 
 
 def test_poolings_are_their_definitions():
     x = ids([5, 3, 8, 0], [7, 2, 6, 9])
-    model = network()
-    hidden = np.asarray(run_stages(model, x, stop="pool")["hidden"])
+    activations = HIDDEN(network(), x)
+    hidden = np.asarray(activations["hidden"])
     expected = {
         "max": np.stack([hidden[0, :3].max(0), hidden[1].max(0)]),
         "mean": np.stack([hidden[0, :3].mean(0), hidden[1].mean(0)]),
         "last": np.stack([np.r_[hidden[0, 2, :3], hidden[0, 0, 3:]], np.r_[hidden[1, 3, :3], hidden[1, 0, 3:]]]),
     }
     for pooling, values in expected.items():
-        found = FORWARD(network(dataclasses.replace(TINY, pooling=pooling)), x)
-        np.testing.assert_allclose(found, values, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(pooled(pooling, activations), values, rtol=1e-6, atol=1e-6)
 
 
 def test_one_direction_never_looks_ahead():
     model = network(dataclasses.replace(TINY, bidirectional=False))
-    first, second = (run_stages(model, ids([4, 5, last]), stop="pool")["hidden"] for last in (6, 7))
+    first, second = (HIDDEN(model, ids([4, 5, last]))["hidden"] for last in (6, 7))
     np.testing.assert_array_equal(first[:, :2], second[:, :2])
     assert first.shape == (1, 3, 3)
 
@@ -85,9 +92,9 @@ def test_gradients_reach_every_parameter(cell):
 def test_dropout_is_only_where_it_is_asked_for():
     x = ids([5, 3, 8])
     model = network(dataclasses.replace(TINY, dropout=0.5))
-    assert not np.array_equal(FORWARD(model, x), FORWARD(model, x))
+    assert not np.array_equal(LOGITS(model, x), LOGITS(model, x))
     quiet = nnx.view(model, deterministic=True)
-    np.testing.assert_array_equal(FORWARD(quiet, x), FORWARD(quiet, x))
+    np.testing.assert_array_equal(LOGITS(quiet, x), LOGITS(quiet, x))
     assert not any("dropout" in path for path in arrays_of(network()))
 
 

