@@ -1,5 +1,6 @@
 """From texts to token ids of one length, by a published tokeniser or a vocabulary of words, through `tokenizers`."""
 
+import functools
 import hashlib
 import os
 import re
@@ -108,10 +109,7 @@ def encode(tokenizer: Any, texts: Sequence[str], config: DataConfig) -> Int32[np
     marks = tokenizer.num_special_tokens_to_add(False)
     if length <= marks:
         raise InputError(f"data.max_tokens is {length}, but the tokeniser adds {marks} marks to every text; raise it")
-    pad_id, pad_token = _padding(tokenizer)
-    ready = _tokenizers().Tokenizer.from_str(tokenizer.to_str())
-    ready.enable_truncation(max_length=length)
-    ready.enable_padding(length=length, pad_id=pad_id, pad_token=pad_token)
+    ready = _of_length(tokenizer.to_str(), length)
     tokens = np.empty((len(texts), length), np.int32)
     for start in range(0, len(texts), CHUNK):
         chunk = ready.encode_batch_fast(texts[start : start + CHUNK])
@@ -149,6 +147,16 @@ def _of_words(words: Sequence[str], *, lowercase: bool) -> Any:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = tokenizers.normalizers.Sequence(normalizers)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=4)
+def _of_length(content: str, length: int) -> Any:
+    """Returns a tokeniser of its own that cuts and fills; kept, since prediction encodes one text after the other."""
+    tokenizer = _tokenizers().Tokenizer.from_str(content)
+    pad_id, pad_token = _padding(tokenizer)
+    tokenizer.enable_truncation(max_length=length)
+    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad_token)
     return tokenizer
 
 
@@ -199,10 +207,18 @@ def _fetch(origin: str) -> Path:
 
 def _parse(path: Path, name: str) -> Any:
     try:
-        return _tokenizers().Tokenizer.from_file(str(path))
+        return _parsed(str(path), path.stat().st_mtime_ns)
+    except InputError:
+        raise
     except Exception as error:  # the package raises nothing narrower
         reason = str(error).splitlines()[0][:100]
         raise InputError(f"data.tokenizer '{name}': '{path}' cannot be read: {reason}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(path: str, changed: int) -> Any:
+    del changed  # only tells versions of the file apart
+    return _tokenizers().Tokenizer.from_file(path)
 
 
 def _tokenizers() -> Any:
