@@ -91,6 +91,7 @@ class ViT(nnx.Module):
         _check(config)
         self.stages = ("embed", *(f"blocks/{i}" for i in range(config.num_layers)), "norm", "pool", "head")
         self.scan = config.scan
+        self.grid = _grid(config.patch_size, input_shape)  # for positions that come from images of another shape
         self.embed = Embeddings(config, input_shape, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([_block(config, dtype, rngs) for _ in range(config.num_layers)])
         self.norm = attention.layer_norm(config.hidden_dim, config.norm_eps, dtype=dtype, rngs=rngs)
