@@ -4,6 +4,7 @@ import importlib.util
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jxfer.config import DataConfig
 from jxfer.data import encode_texts, keep_words, load_dataset, read_file, tokenizer_json
@@ -157,6 +158,22 @@ def test_other_tokenisers_are_refused(table, name, message):
 def test_words_of_a_data_set_without_texts_are_refused():
     with pytest.raises(InputError, match=r"words come from a data set"):
         text_module.load_tokenizer(DataConfig(tokenizer="words:10"))
+
+
+def test_notes_beside_images_are_no_texts_but_more_texts_than_images_are_mixed(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (6, 5)).save(tmp_path / name / "x.png")
+        (tmp_path / name / "caption.txt").write_text("an image")
+    config = DataConfig(name=f"folder:{tmp_path}")
+    dataset = load_dataset(config)
+    assert (dataset.input, dataset.skipped) == ("image", ("a/caption.txt", "b/caption.txt"))
+    (tmp_path / "b" / "more.txt").write_text("one more")
+    with pytest.raises(InputError, match=r"mixes kinds of files: 'a/caption.txt' and 'a/x.png'; keep one kind"):
+        load_dataset(config)
+    (tmp_path / "b" / "more.txt").unlink()
+    with pytest.raises(InputError, match=r"holds no texts, but data.tokenizer asks for its words"):
+        keep_words(config)
 
 
 def test_class_folders_of_texts_are_a_data_set(tmp_path):

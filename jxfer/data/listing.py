@@ -46,18 +46,19 @@ class Listing:
 
 
 def kind_of(names: Iterable[str], *, where: str) -> Input:
-    """Returns what files are by their suffixes; notes among images or sounds do not count.
+    """Returns what files are by their suffixes; notes beside images or sounds, at most one for each, do not count.
 
     Raises:
-      InputError: images and sounds are mixed, or texts outnumber what they stand beside.
+      InputError: images and sounds are mixed, or there are more texts than what they stand beside.
     """
     suffixes = {name: PurePath(name).suffix.lower() for name in names}
     counts = Counter(KINDS[suffix] for suffix in suffixes.values() if suffix in KINDS)
-    kinds = [kind for kind, _ in counts.most_common()]
-    if {"image", "audio"} <= set(kinds) or (len(kinds) > 1 and kinds[0] == "text"):
-        firsts = [next(name for name, suffix in suffixes.items() if KINDS.get(suffix) == kind) for kind in kinds[:2]]
-        raise InputError(f"{where} mixes kinds of files: '{firsts[0]}' and '{firsts[1]}'; keep one kind")
-    return kinds[0] if kinds else "image"
+    others = [kind for kind in counts if kind != "text"]
+    if len(others) > 1 or (others and counts["text"] > counts[others[0]]):
+        firsts = {KINDS[suffix]: name for name, suffix in reversed(suffixes.items()) if suffix in KINDS}
+        first, second, *_ = sorted(firsts.values())
+        raise InputError(f"{where} mixes kinds of files: '{first}' and '{second}'; keep one kind")
+    return others[0] if others else "text" if counts else "image"
 
 
 def class_names(listing: Listing) -> tuple[str, ...]:

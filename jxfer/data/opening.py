@@ -203,7 +203,7 @@ def _check_left(listing: Listing, good: list[Example], bad: list[Example]) -> No
         names = [example.name for example in bad if listing.place(example) == place]
         raise InputError(
             f"no {WORDS[listing.input]} is left in {place}: files that could not be read: {len(names)}, one is"
-            f" '{names[0]}'; mend or replace them, or remove the folder"
+            f" '{names[0]}'; mend or replace them, or leave the class out"
         )
 
 
