@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from jxfer import methods
-from jxfer.config import DataConfig, Experiment, Method, ModelConfig, SourceConfig, TrainConfig
+from jxfer.config import DataConfig, Experiment, Method, ModelConfig, SearchConfig, SourceConfig, TrainConfig
 from jxfer.surgery.described import DescribedHead
 
 DESCRIPTIONS = (
@@ -34,12 +34,13 @@ experiment = Experiment(
         "table:ag_news/test.csv",
         text_columns=("2", "3"),
         label_column="1",
-        max_tokens=64,
+        max_tokens=48,
         test_fraction=0.2,
         validation_fraction=0.05,
     ),
     model=ModelConfig("auto"),
-    train=TrainConfig(num_steps=60, batch_size=32, learning_rate=1e-4, warmup_steps=6, eval_every=30),
+    train=TrainConfig(num_steps=50, batch_size=16, warmup_steps=5, eval_every=25),
+    search=SearchConfig(learning_rate=(3e-4, 1e-2)),
     methods=(by_description, methods.linear_probe, methods.fine_tuning),
     shots=(8, 32, 128),
     seeds=3,

@@ -9,14 +9,14 @@ Any other published network serves as well: `--source.weights hf:microsoft/resne
 """
 
 from jxfer import methods
-from jxfer.config import AugmentConfig, DataConfig, Experiment, ModelConfig, SearchConfig, SourceConfig, TrainConfig
+from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, SourceConfig, TrainConfig
 
 experiment = Experiment(
     name="ants_bees",
     source=SourceConfig(weights="file:squeezenet_weights_tf_dim_ordering_tf_kernels_notop.h5"),
-    target=DataConfig("folder:hymenoptera_data", channels=3, validation_fraction=0.2, augment=AugmentConfig(flip=True)),
+    target=DataConfig("folder:hymenoptera_data", channels=3, validation_fraction=0.2),
     model=ModelConfig("squeezenet1_1"),
-    train=TrainConfig(num_steps=60, batch_size=32, warmup_steps=5, eval_every=20),
+    train=TrainConfig(num_steps=40, batch_size=16, warmup_steps=4, eval_every=20),
     search=SearchConfig(learning_rate=(1e-4, 1e-3)),
     methods=(methods.scratch, methods.linear_probe, methods.fine_tuning, methods.layer_decay),
     seeds=5,

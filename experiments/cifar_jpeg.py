@@ -44,7 +44,7 @@ experiment = Experiment(
         "folder:cifar10_jpeg", validation_fraction=0.02, augment=AugmentConfig(crop_padding=4, flip=True)
     ),
     model=ModelConfig("resnet20"),
-    train=TrainConfig(num_steps=200, batch_size=128, eval_every=100, warmup_steps=10),
+    train=TrainConfig(num_steps=100, batch_size=128, eval_every=50, warmup_steps=10),
     methods=(
         methods.zero_shot,
         methods.norm_statistics,

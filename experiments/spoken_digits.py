@@ -17,14 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jxfer import methods
-from jxfer.config import DataConfig, Experiment, ModelConfig, SourceConfig, TrainConfig
+from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, SourceConfig, TrainConfig
 
 experiment = Experiment(
     name="spoken_digits",
     source=SourceConfig(weights="file:google_speech_embedding.npz"),
     target=DataConfig("table:recordings/digits.csv", sample_rate=16000, seconds=1.0, validation_fraction=0.1),
     model=ModelConfig("speech_embedding"),
-    train=TrainConfig(num_steps=200, batch_size=32, learning_rate=1e-3, eval_every=50),
+    train=TrainConfig(num_steps=100, batch_size=32, eval_every=50),
+    search=SearchConfig(learning_rate=(1e-3, 1e-2)),
     methods=(methods.scratch, methods.linear_probe, methods.fine_tuning),
     shots=(1, 5, None),
     seeds=3,

@@ -10,7 +10,21 @@ from flax import nnx
 
 from jxfer import paths
 from jxfer.config import ModelConfig
-from jxfer.models import alexnet, bert, cifar_resnet, convnet, mobilenet, resnet, squeezenet, vgg
+from jxfer.models import (
+    alexnet,
+    audio_cnn,
+    bert,
+    cifar_resnet,
+    convnet,
+    convnext,
+    mobilenet,
+    resnet,
+    rnn,
+    speech_embedding,
+    squeezenet,
+    vgg,
+    vit,
+)
 from jxfer.models.stages import Staged, run_stages, stage_of
 from jxfer.typing import Input, InputError
 
@@ -21,13 +35,18 @@ AUTO = "auto"
 
 _ARCHITECTURES: dict[type, Any] = {
     alexnet.AlexNetConfig: alexnet.AlexNet,
+    audio_cnn.AudioCnnConfig: audio_cnn.AudioCnn,
     bert.BertConfig: bert.Bert,
     cifar_resnet.CifarResNetConfig: cifar_resnet.CifarResNet,
     convnet.ConvNetConfig: convnet.ConvNet,
+    convnext.ConvNeXtConfig: convnext.ConvNeXt,
     mobilenet.MobileNetV2Config: mobilenet.MobileNetV2,
     resnet.ResNetConfig: resnet.ResNet,
+    rnn.RnnConfig: rnn.Rnn,
+    speech_embedding.SpeechEmbeddingConfig: speech_embedding.SpeechEmbedding,
     squeezenet.SqueezeNetConfig: squeezenet.SqueezeNet,
     vgg.VGGConfig: vgg.VGG,
+    vit.ViTConfig: vit.ViT,
 }
 _CONFIGS: dict[str, Any] = {
     **convnet.CONFIGS,
@@ -37,7 +56,12 @@ _CONFIGS: dict[str, Any] = {
     **vgg.CONFIGS,
     **squeezenet.CONFIGS,
     **mobilenet.CONFIGS,
+    **vit.CONFIGS,
+    **convnext.CONFIGS,
     **bert.CONFIGS,
+    **rnn.CONFIGS,
+    **audio_cnn.CONFIGS,
+    **speech_embedding.CONFIGS,
 }
 
 

@@ -7,12 +7,28 @@ from jxfer.config import ModelConfig
 from jxfer.models.alexnet import AlexNetConfig
 from jxfer.models.bert import BertConfig
 from jxfer.models.cifar_resnet import CifarResNetConfig
+from jxfer.models.convnext import ConvNeXtConfig
 from jxfer.models.mobilenet import MobileNetV2Config
 from jxfer.models.resnet import ResNetConfig
+from jxfer.models.rnn import RnnConfig
+from jxfer.models.speech_embedding import SpeechEmbeddingConfig
 from jxfer.models.squeezenet import SqueezeNetConfig
 from jxfer.models.vgg import VGGConfig
+from jxfer.models.vit import ViTConfig
 from jxfer.weights.convert import Resizes
-from jxfer.weights.names import alexnet, bert, cifar_resnet, mobilenet, resnet, squeezenet, vgg
+from jxfer.weights.names import (
+    alexnet,
+    bert,
+    cifar_resnet,
+    convnext,
+    mobilenet,
+    resnet,
+    rnn,
+    speech_embedding,
+    squeezenet,
+    vgg,
+    vit,
+)
 from jxfer.weights.naming import Naming
 from jxfer.weights.resize import InputChannels
 
@@ -20,10 +36,14 @@ _MODULES: dict[type, Any] = {
     AlexNetConfig: alexnet,
     BertConfig: bert,
     CifarResNetConfig: cifar_resnet,
+    ConvNeXtConfig: convnext,
     MobileNetV2Config: mobilenet,
     ResNetConfig: resnet,
+    RnnConfig: rnn,
+    SpeechEmbeddingConfig: speech_embedding,
     SqueezeNetConfig: squeezenet,
     VGGConfig: vgg,
+    ViTConfig: vit,
 }
 
 _FIRST_CONVOLUTION = (("stem/conv/kernel", InputChannels()), ("stem/kernel", InputChannels()))
