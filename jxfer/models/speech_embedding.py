@@ -39,9 +39,11 @@ _INIT = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 @dataclasses.dataclass(frozen=True)
 class SpeechEmbeddingConfig:
-    """One size of the network, for sounds of 16,000 samples per second."""
+    """One size of the network."""
 
     reads: ClassVar[str] = "audio"
+    sample_rate: ClassVar[int] = FRONT_END.sample_rate
+    """Of the sounds it is meant for; the weights know no other."""
     widths: tuple[int, int, int, int, int] = (24, 48, 72, 96, 96)
     """Channels of `layer1` to `layer5`; the stem has those of the first, the embedding those of the last."""
 
