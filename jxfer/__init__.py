@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jxfer import config, methods, models, objectives, optim, paths, typing
     from jxfer.partition import Partition
+    from jxfer.pretrained import load
     from jxfer.sharding import make_mesh, put_batch
     from jxfer.step import init_state, make_eval_step, make_train_step, merge_state, place_state
     from jxfer.typing import InputError
@@ -18,6 +19,7 @@ __all__ = [
     "__version__",
     "config",
     "init_state",
+    "load",
     "make_eval_step",
     "make_mesh",
     "make_train_step",
@@ -36,6 +38,7 @@ _HOME = {
     "InputError": "typing",
     "Partition": "partition",
     "init_state": "step",
+    "load": "pretrained",
     "make_eval_step": "step",
     "make_mesh": "sharding",
     "make_train_step": "step",

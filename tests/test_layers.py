@@ -17,7 +17,7 @@ LAYERS = (
     ("surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("step",),
-    ("cost", "planned", "checkpoint", "source", "plan", "features", "evaluate", "logs", "loop", "phase"),
+    ("cost", "planned", "checkpoint", "source", "pretrained", "plan", "features", "evaluate", "logs", "loop", "phase"),
     ("run", "predict", "export", "directory", "ablate"),
     ("report",),
     ("overrides", "progress", "session", "cli"),

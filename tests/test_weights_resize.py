@@ -152,7 +152,6 @@ def test_a_vit_is_loaded_for_images_of_another_shape(size):
         what="ckpt",
         rules=[("embed/position", "resize")],
         resizes=vit_names.RESIZES,
-        grid=model.grid,
     )
     assert manifest.paths("resized") == ("embed/position",)
     prefix = size.num_prefix

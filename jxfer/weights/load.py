@@ -40,7 +40,6 @@ def load(
     what: str,
     rules: Rules = (),
     resizes: Resizes = (),
-    grid: Grid | None = None,
     shardings: Shardings = None,
 ) -> tuple[nnx.Module, Manifest]:
     """Returns a model with a checkpoint's weights, and the record of where each leaf came from.
@@ -56,7 +55,6 @@ def load(
       what: names the weights in errors and in the manifest.
       rules: what may differ, as `convert` takes them; `leave` is for `fill`.
       resizes: how leaves can be resized.
-      grid: the model's rows and columns of patches; None where they are equally many.
       shardings: where the leaves shall live; random keys stay on the default device.
 
     Raises:
@@ -64,7 +62,7 @@ def load(
     """
     model = nnx.eval_shape(build)
     expected = weights_of(model)
-    conversion = convert(tensors, namings, size, expected, rules, what=what, resizes=resizes, grid=grid)
+    conversion = convert(tensors, namings, size, expected, rules, what=what, resizes=resizes, grid=_grid(model))
     if conversion.left:
         raise InputError(f"{what}: `{conversion.left[0]}` cannot be left in a new model; use 'reinitialise'")
     arrays = dict(_read_all(conversion, expected, shardings))
@@ -107,7 +105,6 @@ def fill(
     what: str,
     rules: Rules = (),
     resizes: Resizes = (),
-    grid: Grid | None = None,
 ) -> Manifest:
     """Gives an existing model a checkpoint's weights, in place: all that the rules say, or nothing.
 
@@ -117,7 +114,7 @@ def fill(
       InputError: as `convert`; nothing has been changed then.
     """
     expected = weights_of(model)
-    conversion = convert(tensors, namings, size, expected, rules, what=what, resizes=resizes, grid=grid)
+    conversion = convert(tensors, namings, size, expected, rules, what=what, resizes=resizes, grid=_grid(model))
     if conversion.fresh:
         raise InputError(f"{what}: `{conversion.fresh[0]}` of an existing model cannot start anew; use 'leave'")
     shardings = {path: value.sharding for path, value in expected.items() if isinstance(value, jax.Array)}
@@ -147,6 +144,10 @@ def weights_of(model: nnx.Module) -> Arrays:
     """Returns all variables of a model, real or abstract, that weights files hold: all but random keys."""
     random = {"/".join(map(str, keys)) for keys, _ in nnx.to_flat_state(nnx.state(model, nnx.RngState))}
     return {path: value for path, value in arrays_of(model).items() if path not in random}
+
+
+def _grid(model: nnx.Module) -> Grid | None:
+    return getattr(model, "grid", None)
 
 
 def _update(model: nnx.Module, arrays: Mapping[Path, Any]) -> None:

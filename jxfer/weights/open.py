@@ -1,6 +1,7 @@
 """What is published at an origin: tensors that are not read yet, and what comes with them."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ class Published:
     """Weights and what came with them."""
 
     origin: str
+    files: tuple[Path, ...]
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     """The parsed `config.json`; empty where there is none."""
@@ -31,8 +33,16 @@ class Published:
     preprocessing: Mapping[str, Any]
     """Fields of `DataConfig` that the files say."""
     tokenizer: Path | None
-    hash: str
-    """16 hex digits of the SHA-256 of the weights files' bytes."""
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hex digits of the SHA-256 of the weights files' bytes, which are read for it."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            with open(file, "rb") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+        return digest.hexdigest()[:16]
 
 
 def open_published(origin: str) -> Published:
@@ -47,12 +57,12 @@ def open_published(origin: str) -> Published:
     processor = _read_json(origin, "preprocessor_config.json")
     return Published(
         origin,
+        tuple(files),
         tensors,
         config,
         _classes(config),
         _of_timm(config) | _of_processor(processor),
         fetch(origin, "tokenizer.json"),
-        _hash(files),
     )
 
 
@@ -120,12 +130,3 @@ def _floats(values: Any) -> tuple[float, ...] | None:
 
 def _share(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and 0 < value <= 1 else None
-
-
-def _hash(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
