@@ -66,7 +66,7 @@ def load(
     found = _of_run(origin, asked) if origin.startswith(RUN) else _of_published(origin, asked)
     classes, shape = num_classes or found.num_classes, input_shape or found.input_shape
     if not classes:
-        raise InputError(f"'{origin}' has no head; give num_classes")
+        raise InputError(f"'{origin}' has no head for `{found.model.name}`; give num_classes")
     if shape is None:
         raise InputError(f"'{origin}' does not say which inputs it was trained on; give input_shape")
     if classes != found.num_classes and not any(paths.match("head/kernel", pattern) for pattern, _ in rules):
