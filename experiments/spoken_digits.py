@@ -24,10 +24,10 @@ experiment = Experiment(
     source=SourceConfig(weights="file:google_speech_embedding.npz"),
     target=DataConfig("table:recordings/digits.csv", sample_rate=16000, seconds=1.0, validation_fraction=0.1),
     model=ModelConfig("speech_embedding"),
-    train=TrainConfig(num_steps=100, batch_size=32, eval_every=50),
+    train=TrainConfig(num_steps=60, batch_size=16, eval_every=30),
     search=SearchConfig(learning_rate=(1e-3, 1e-2)),
-    methods=(methods.scratch, methods.linear_probe, methods.fine_tuning),
-    shots=(1, 5, None),
+    methods=(methods.scratch, methods.linear_probe),
+    shots=(1, 5),
     seeds=3,
 )
 

@@ -20,6 +20,7 @@ from jxfer.config import (
     SourceConfig,
     TrainConfig,
 )
+from jxfer.origins import KINDS
 from jxfer.paths import nearest
 from jxfer.typing import InputError
 
@@ -42,10 +43,10 @@ _FOLDER: _Range = (
 )
 
 
-def _origin(other: str) -> _Range:
+def _origin(*others: str) -> _Range:
     """Returns the range of a string that says where something published lies, or is of another kind."""
-    kinds = (other.partition(":")[0], "hf", "file", "pkg")
-    words = f"`{other}`, `hf:OWNER/NAME[@REVISION]`, `file:PATH` or `pkg:NAME`"
+    kinds = (*(other.partition(":")[0] for other in others), *KINDS)
+    words = ", ".join(f"`{other}`" for other in others) + ", `hf:OWNER/NAME[@REVISION]`, `file:PATH` or `pkg:NAME`"
     return words, lambda value: any(value.startswith(f"{kind}:") for kind in kinds)
 
 
@@ -62,7 +63,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "image_size": _AT_LEAST_1,
         "channels": ("1 or 3", lambda value: value in (1, 3)),
         "crop_fraction": _SHARE,
-        "tokenizer": _origin("words:N"),
+        "tokenizer": _origin("words:N", "vectors:FILE"),
         "max_tokens": _AT_LEAST_1,
         "sample_rate": _AT_LEAST_1,
         "seconds": _POSITIVE,

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
+import jax.extend.core
 
 from jxfer.step import Fixed, TrainState, TrainStep
 from jxfer.typing import Batch
@@ -20,28 +22,43 @@ class Cost:
     optimizer_bytes: int
 
 
-def cost_of(
-    train_step: TrainStep, state: TrainState, fixed: Fixed, batch: Batch, *, whole_step: TrainStep | None = None
-) -> Cost:
-    """Costs one step ahead of time, on arrays or on their shapes; jit reuses the program when it is then called.
-
-    Args:
-      train_step: the step to cost.
-      state: what moves.
-      fixed: what does not.
-      batch: one global batch.
-      whole_step: the same without microbatches, to count FLOPs by: XLA counts the body of a loop once.
-    """
-    compiled = train_step.lower(state, fixed, batch).compile()
-    counted = compiled if whole_step in (None, train_step) else whole_step.lower(state, fixed, batch).compile()
+def cost_of(train_step: TrainStep, state: TrainState, fixed: Fixed, batch: Batch) -> Cost:
+    """Costs one step ahead of time, on arrays or on their shapes; jit reuses the program when it is then called."""
+    traced = train_step.trace(state, fixed, batch)
+    compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)]
     devices = {d for leaf in jax.tree.leaves(batch) for d in getattr(getattr(leaf, "sharding", None), "device_set", ())}
-    return Cost(flops_of(counted) * max(len(devices), 1), int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
+    flops = flops_of(compiled) * max(len(devices), 1) + _looped_flops(traced.jaxpr.jaxpr)
+    return Cost(flops, int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
 
 
-def flops_of(compiled: jax.stages.Compiled) -> float:
-    """Returns XLA's own count of floating-point operations of a compiled program."""
-    analysis = compiled.cost_analysis()
+def flops_of(program: jax.stages.Compiled | jax.stages.Lowered) -> float:
+    """Returns XLA's own count of floating-point operations of a program, which has the body of a loop once."""
+    analysis = program.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
     return float((analysis or {}).get("flops", 0.0))
+
+
+def _looped_flops(jaxpr: Any) -> float:
+    """Returns what the loops of a traced program take beyond the one pass of each that XLA counts.
+
+    Microbatches, scanned blocks and the steps of recurrent layers are such loops.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                once = _flops_of_jaxpr(inner) if repeats > 1 else 0.0
+                total += (repeats - 1) * once + repeats * _looped_flops(getattr(inner, "jaxpr", inner))
+    return total
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr))
+
+
+def _flops_of_jaxpr(closed: Any) -> float:
+    shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in closed.in_avals]
+    return flops_of(jax.jit(jax.extend.core.jaxpr_as_fun(closed)).lower(*shapes))

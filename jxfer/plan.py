@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jxfer import models, optim, paths
@@ -200,10 +201,8 @@ def cost_of_phase(
     batch: Batch,
 ) -> Cost:
     """Costs one step of a phase of an experiment; see `cost_of`."""
-    whole = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, num_microbatches=1))
     train_step, _ = phase_steps(experiment, method, planned, num_classes)
-    whole_step, _ = phase_steps(whole, method, planned, num_classes)
-    return cost_of(train_step, state, fixed, batch, whole_step=whole_step)
+    return cost_of(train_step, state, fixed, batch)
 
 
 @functools.lru_cache(maxsize=8)
@@ -240,7 +239,27 @@ def task_between(source_classes: tuple[str, ...], target: Dataset, experiment: E
     reads = models.reads(experiment.model)
     if reads != target.input:
         raise InputError(f"`{experiment.model.name}` reads {reads}, but '{experiment.target.name}' has {target.input}")
+    _check_fits(models.size_of(experiment.model), target, experiment)
     return Task(source_classes, target.class_names, target.input_shape, experiment.target, target.input)
+
+
+def _check_fits(size: Any, target: Dataset, experiment: Experiment) -> None:
+    """Refuses sounds at another rate, and tokens beyond the table of embeddings, which would be clamped in silence."""
+    name = experiment.model.name
+    rate = getattr(size, "sample_rate", None)
+    if target.input == "audio" and rate not in (None, target.sample_rate):
+        raise InputError(
+            f"`{name}` hears {rate} samples per second, '{target.name}' has {target.sample_rate}; "
+            f"set target.sample_rate={rate}"
+        )
+    if target.input == "text":
+        rows = size.vocab_size
+        largest = max(int(split.read(np.arange(len(split)))["text"].max(initial=0)) for split in target.splits.values())
+        if largest >= rows:
+            raise InputError(
+                f"`{name}` has {rows} embeddings, but '{target.name}' has token {largest}; choose the tokeniser that "
+                f"the weights were trained with, or `--model.size vocab_size={largest + 1}`"
+            )
 
 
 def _check_channels(channels: int, target: Dataset) -> None:
