@@ -79,9 +79,13 @@ def _tensors(run: FinishedRun, size: Any, naming: Naming | None) -> dict[str, np
     if naming is None:
         return {path.replace("/", "."): np.asarray(value) for path, value in run.arrays.items()}
     try:
-        return export_tensors(run.arrays, naming, size)
+        tensors = export_tensors(run.arrays, naming, size)
     except InputError as error:
         raise InputError(f"{error}; export it with `--names {OWN}`, under this library's own names") from error
+    # PyTorch's batch norms count their batches, and refuse weights without that count when loading strictly.
+    means = [name for name in tensors if name.endswith(".running_mean")]
+    counters = {name.replace("running_mean", "num_batches_tracked"): np.zeros((), np.int64) for name in means}
+    return tensors | counters
 
 
 def _config(run: FinishedRun, size: Any, naming: Naming | None) -> dict[str, Any]:

@@ -82,12 +82,12 @@ def test_unreadable_inputs_are_reported_one_by_one_and_the_rest_is_done(folder, 
 
 def test_a_missing_input_or_run_is_an_error_before_anything_is_read(folder, tmp_path):
     run = source.load_run(directory(folder))
-    with pytest.raises(InputError, match="no file or folder '.*nowhere.png' to predict"):
+    with pytest.raises(InputError, match=r"no file or folder '.*nowhere.png' to predict"):
         list(predict(run, [str(tmp_path / "nowhere.png")]))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="folder '.*empty' has no files"):
+    with pytest.raises(InputError, match=r"folder '.*empty' has no files"):
         list(predict(run, [str(tmp_path / "empty")]))
-    with pytest.raises(InputError, match="no finished run in '.*empty'"):
+    with pytest.raises(InputError, match=r"no finished run in '.*empty'"):
         source.load_run(tmp_path / "empty")
 
 

@@ -77,10 +77,10 @@ def test_weights_without_a_head_serve_methods_that_bring_one(tmp_path, experimen
 
 def test_an_unnamed_network_and_a_wrong_number_of_names_are_errors(experiment):
     unnamed = dataclasses.replace(experiment, model=ModelConfig(models.AUTO))
-    with pytest.raises(InputError, match="does not say of which network it is; give model.name: convnet"):
+    with pytest.raises(InputError, match=r"does not say of which network it is; give model.name: convnet"):
         source.resolve(unnamed)
     misnamed = dataclasses.replace(experiment, source=dataclasses.replace(experiment.source, classes=("a", "b")))
-    with pytest.raises(InputError, match="source.classes has 2 names, but the head of .* has 5 outputs"):
+    with pytest.raises(InputError, match=r"source.classes has 2 names, but the head of .* has 5 outputs"):
         source.resolve(misnamed)
     own = dataclasses.replace(experiment, model=ModelConfig("tiny_convnet"))
     with pytest.raises(InputError, match="no published names are known for `tiny_convnet`"):
@@ -106,7 +106,7 @@ def test_another_file_under_the_same_name_is_noticed(tmp_path, experiment):
     grey = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, mean=(0.5,), std=(0.5,)))
     ablate.ablate(runs.with_methods(grey, methods.zero_shot), tmp_path / "out", runs.QUIET, command="")
     publish(tmp_path / "weights.safetensors", head=False)
-    with pytest.raises(InputError, match="the source weights has changed|source.classes"):
+    with pytest.raises(InputError, match=r"the source weights has changed|source.classes"):
         ablate.ablate(
             runs.with_methods(dataclasses.replace(grey, source=publish_other(tmp_path, grey)), methods.zero_shot),
             tmp_path / "out",
@@ -154,7 +154,7 @@ def test_a_delta_on_another_base_is_an_error(delta_run):
     with pytest.raises(InputError, match=r"keeps only what differs from weights of hash \w{16}, but its base .* has 0"):
         source.load_run(delta_run, base=other)
     (delta_run.parents[1] / "source").rename(delta_run.parents[1] / "elsewhere")
-    with pytest.raises(InputError, match="no finished run in .*source"):
+    with pytest.raises(InputError, match=r"no finished run in .*source"):
         source.load_run(delta_run)
 
 
