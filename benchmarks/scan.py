@@ -2,7 +2,7 @@
 
     python benchmarks/scan.py [--rounds N] [--quick]
 
-About 15 minutes on 2 CPU cores that also do other work. Each time begins with tracing, with empty caches. Scanning
+About 20 minutes on 2 CPU cores that also do other work. Each time begins with tracing, with empty caches. Scanning
 shrinks the network's part of the program and not the optimizer's, which has every block's parameters in both forms.
 """
 
