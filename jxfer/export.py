@@ -66,7 +66,7 @@ def export(run: FinishedRun, directory: Path, *, names: str | None = None, stabl
 
 def _naming(run: FinishedRun, size: Any, names: str | None) -> Naming | None:
     """Returns the naming to write in, None for our own."""
-    known = {naming.name: naming for naming in namings_of(size)}
+    known = {naming.name: naming for naming in namings_of(size) if naming.rules(size)}
     if names == OWN or (names is None and not known):
         return None
     if names is not None and names not in known:

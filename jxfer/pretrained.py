@@ -16,7 +16,7 @@ from jxfer.source import RUN, known_of, load_run, run_directory
 from jxfer.typing import InputError, Rules
 from jxfer.weights.load import load as load_weights
 from jxfer.weights.load import weights_of
-from jxfer.weights.names import namings_of, resizes_of
+from jxfer.weights.names import joined, namings_of, resizes_of
 from jxfer.weights.naming import Naming, Rule
 from jxfer.weights.open import open_published
 from jxfer.weights.tensors import Tensor, in_memory
@@ -98,7 +98,8 @@ def _of_published(origin: str, asked: ModelConfig) -> _Found:
     known = known_of(SourceConfig(weights=origin), asked)
     namings = namings_of(models.size_of(known.model))
     shape = _input_shape(known.model, known.preprocessing)
-    return _Found(open_published(origin).tensors, namings, known.model, len(known.classes), shape)
+    tensors = joined(models.size_of(known.model), open_published(origin).tensors)
+    return _Found(tensors, namings, known.model, len(known.classes), shape)
 
 
 def _of_run(origin: str, asked: ModelConfig) -> _Found:

@@ -217,8 +217,10 @@ def _train_variants(
 
 def _train_variant(context: Context, task: Task, splits: Splits, source: Source | None) -> Outcome:
     start = _base_model(context.experiment.model, context.method, task, context.seed)
-    arrays = source.arrays if source else None
-    model = target_model(nnx.merge(*start), context.method, task, source=arrays, seed=context.seed)
+    model = nnx.merge(*start)
+    own = arrays_of(model)
+    arrays = {**{path: own[path] for path in source.fresh}, **source.arrays} if source else None
+    model = target_model(model, context.method, task, source=arrays, seed=context.seed)
     results = []
     phases = plan_phases(context.experiment, context.method, model)
     tables = [f"{planned.phase.name}, {planned.num_steps} steps\n{planned.partition}" for planned in phases]

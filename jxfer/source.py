@@ -18,9 +18,9 @@ from jxfer.surgery.head import MLPHead
 from jxfer.typing import Arrays, Input, InputError
 from jxfer.weights.load import load_into, read, weights_of
 from jxfer.weights.manifest import Manifest
-from jxfer.weights.names import identify, namings_of, resizes_of
+from jxfer.weights.names import identify, joined, namings_of, resizes_of
 from jxfer.weights.naming import Naming
-from jxfer.weights.open import Published, open_published
+from jxfer.weights.open import VECTORS, Published, open_published
 
 RUN = "run:"
 
@@ -37,6 +37,11 @@ class Source:
     """Of published weights: what became of every leaf and tensor."""
     directory: Path | None = None
     """Of the run that they are of; None for published weights."""
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Parameters that begin anew because the rules of the loading say so."""
+        return self.manifest.paths("re-initialised") if self.manifest else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +135,7 @@ def read_source(experiment: Experiment, *, num_classes: int, input_shape: tuple[
     size = models.size_of(experiment.model)
     abstract = nnx.eval_shape(build)
     arrays, manifest = read(
-        published.tensors,
+        joined(size, published.tensors),
         namings_of(size),
         size,
         weights_of(abstract),
@@ -294,7 +299,13 @@ def _known_of_published(weights: str, classes: tuple[str, ...], model: ModelConf
                 f"'{weights}' does not say of which network it is; give model.name: {', '.join(models.names())}"
             )
         model = dataclasses.replace(identified, dtype=model.dtype, size=(*identified.size, *model.size))
+    if VECTORS in published.tensors:
+        rows, columns = published.tensors[VECTORS].shape
+        model = dataclasses.replace(
+            model, size=(("vocab_size", str(rows)), ("embedding_dim", str(columns)), *model.size)
+        )
     size = models.size_of(model)
+    published = dataclasses.replace(published, tensors=joined(size, published.tensors))
     namings = namings_of(size)
     if not namings:
         raise InputError(f"no published names are known for `{model.name}`, so '{weights}' cannot fill it")

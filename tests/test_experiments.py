@@ -2,14 +2,22 @@
 
 import ast
 import dataclasses
+import itertools
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
+import scipy.io.wavfile
+from flax import nnx
 
-from jxfer import ablate, report
-from jxfer.config import DataConfig, Experiment, SearchConfig, TrainConfig
+from jxfer import ablate, models, report
+from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, TrainConfig
 from jxfer.overrides import load_experiment
+from jxfer.weights.load import weights_of
+from jxfer.weights.names import namings_of
+from jxfer.weights.save import export_tensors, write_safetensors
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -22,23 +30,76 @@ def shrink(train: TrainConfig) -> TrainConfig:
     )
 
 
+SIZES = {
+    "squeezenet1_1": (("stem_width", "8"), ("squeezed", "8,8,8,8,8,8,8,8"), ("expanded", "8,8,8,8,8,8,8,8")),
+    "resnet20": (("num_blocks", "1"), ("widths", "4,6,8")),
+    "speech_embedding": (("widths", "4,4,6,8,8"),),
+    "minilm_l6": (("hidden_dim", "16"), ("num_layers", "1"), ("num_heads", "2"), ("mlp_dim", "16"), ("vocab_size", "60")),
+}
+"""Of the networks whose published weights an experiment starts from."""
+
+
+def publish(experiment: Experiment, folder: Path) -> Experiment:
+    """Returns the experiment with a small network, and weights of it where the published ones would be."""
+    name = "minilm_l6" if experiment.model.name == "auto" else experiment.model.name
+    model = ModelConfig(name, size=SIZES[name])
+    size = models.size_of(model)
+    classes = experiment.source.classes
+    shape = {"image": (32, 32, 3), "audio": (16000,), "text": (8,)}[models.reads(model)]
+    built = models.build(model, num_classes=len(classes) or 3, input_shape=shape, rngs=nnx.Rngs(0))
+    naming = namings_of(size)[-1 if models.reads(model) == "text" else 0]
+    arrays = {path: value for path, value in weights_of(built).items() if classes or not path.startswith("head/")}
+    file = folder / "weights.safetensors"
+    write_safetensors(file, export_tensors(arrays, naming, size), {})
+    return dataclasses.replace(
+        experiment, model=model, source=dataclasses.replace(experiment.source, weights=f"file:{file}")
+    )
+
+
+def write_target(experiment: Experiment, folder: Path) -> DataConfig:
+    """Writes a small data set of the kind and the classes that the experiment expects of its user's."""
+    target, classes = experiment.target, experiment.source.classes or runs.TARGET_CLASSES
+    folder.mkdir()
+    if models.reads(experiment.model) == "image":
+        name = runs.write_folder(folder / "images", classes)
+        return dataclasses.replace(target, name=name, image_size=32, channels=3, validation_fraction=0.3)
+    if models.reads(experiment.model) == "text":
+        rows = [f"{label},title {label},text number {index}" for index in range(20) for label in "1234"]
+        (folder / "texts.csv").write_text("\n".join(rows) + "\n")
+        tokenizer = {"tokenizer": "words:60", "max_tokens": 8, "test_fraction": 0.3, "validation_fraction": 0.1}
+        return dataclasses.replace(target, name=f"table:{folder / 'texts.csv'}", **tokenizer)
+    rng = np.random.default_rng(0)
+    for digit, speaker, index in itertools.product(range(2), ("ann", "bob"), range(12)):
+        sound = (1000 * rng.normal(size=4000)).astype(np.int16)
+        scipy.io.wavfile.write(folder / f"{digit}_{speaker}_{index}.wav", 8000, sound)
+    runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "spoken_digits.py"))["main"](folder)
+    return dataclasses.replace(target, name=f"table:{folder / 'digits.csv'}", seconds=0.5, validation_fraction=0.3)
+
+
 def shrunk(experiment: Experiment, folder: Path) -> Experiment:
     """Returns the experiment with little to do and its first four methods, as `test_run.py` has them all.
 
-    A folder of the user's own is one that is written here.
+    A folder of the user's own is one that is written here, and so are published weights.
     """
-    target = experiment.target
-    if target.name.startswith("folder:"):
-        target = dataclasses.replace(target, name=runs.write_folder(folder, runs.TARGET_CLASSES))
+    folder.mkdir()
+    if experiment.source.weights is None:
+        small = dataclasses.replace(
+            experiment,
+            source=dataclasses.replace(experiment.source, train=shrink(experiment.source.train)),
+            model=dataclasses.replace(experiment.model, name=f"tiny_{experiment.model.name}"),
+        )
+        if experiment.target.name.startswith("folder:"):
+            name = runs.write_folder(folder / "images", runs.TARGET_CLASSES)
+            small = dataclasses.replace(small, target=dataclasses.replace(small.target, name=name))
+    else:
+        small = publish(experiment, folder)
+        small = dataclasses.replace(small, target=write_target(small, folder / "data"))
     return dataclasses.replace(
-        experiment,
-        source=dataclasses.replace(experiment.source, train=shrink(experiment.source.train)),
-        target=target,
-        model=dataclasses.replace(experiment.model, name=f"tiny_{experiment.model.name}"),
+        small,
         train=shrink(experiment.train),
         methods=experiment.methods[:4],
         search=SearchConfig(*(values[:1] for values in dataclasses.astuple(experiment.search))),
-        shots=experiment.shots[:1],
+        shots=(2,) if experiment.shots[0] else (None,),
         seeds=1,
     )
 

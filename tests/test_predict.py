@@ -11,7 +11,7 @@ import pytest
 import runs
 
 from jxfer import ablate, cli, methods, models, source
-from jxfer.config import ModelConfig
+from jxfer.config import ModelConfig, SourceConfig
 from jxfer.export import export
 from jxfer.predict import predict
 from jxfer.typing import InputError
@@ -156,3 +156,27 @@ def test_texts_are_predicted_from_lines_on_standard_input(tmp_path, monkeypatch,
     monkeypatch.setattr("sys.stdin", io.StringIO("good fine number 3\nbad poor\n"))
     assert cli.main(["predict", str(tmp_path / "out" / "runs" / "scratch-shots10-seed0"), "-"]) == cli.DONE
     assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["+", "-"]
+
+
+def test_given_word_vectors_are_loaded_and_the_rest_begins_anew(tmp_path):
+    words = ("good", "fine", "bad", "poor")
+    vectors = [f"{word} {' '.join([str(sign)] * 4)}" for word, sign in zip(words, (1, 1, -1, -1), strict=True)]
+    (tmp_path / "vectors.txt").write_text("\n".join(vectors) + "\n")
+    rows = [f"{text}\t{label}" for _ in range(15) for text, label in (("good fine", "+"), ("bad poor", "-"))]
+    (tmp_path / "texts.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    experiment = runs.with_train(runs.write_data(tmp_path / "data"), num_steps=4)
+    trial = dataclasses.replace(
+        experiment,
+        source=SourceConfig(
+            weights=f"file:{tmp_path / 'vectors.txt'}", load=(("embed/**", "load"), ("**", "reinitialise"))
+        ),
+        target=dataclasses.replace(experiment.target, name=f"table:{tmp_path / 'texts.tsv'}", max_tokens=4),
+        model=ModelConfig("gru", size=(("hidden_dim", "4"), ("num_layers", "1"))),
+        shots=(3,),
+    )
+    (row,) = ablate.ablate(runs.with_methods(trial, methods.linear_probe), tmp_path / "out", runs.QUIET, command="")
+    assert row["status"] == "ok"
+    run = source.load_run(tmp_path / "out" / "runs" / "linear_probe-shots3-seed0")
+    table = run.arrays["embed/embedding"]
+    np.testing.assert_array_equal(table[2:], [[1] * 4, [1] * 4, [-1] * 4, [-1] * 4])
+    assert (row["params_trainable"], run.data.max_tokens) == (2 * 8 + 2, 4)

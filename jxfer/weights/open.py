@@ -8,12 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jxfer.data.text import read_vectors
 from jxfer.origins import fetch, weights_files
 from jxfer.typing import InputError
 from jxfer.weights.files import open_tensors
-from jxfer.weights.tensors import Tensor
+from jxfer.weights.tensors import Tensor, in_memory
 
 CHUNK_BYTES = 2**22
+
+VECTORS = "vectors"
+"""The one tensor of a file of word vectors."""
+
+VECTOR_SUFFIXES = (".txt", ".vec")
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}
 """Pillow's numbers and timm's words."""
@@ -52,6 +58,8 @@ def open_published(origin: str) -> Published:
       InputError: the origin cannot be reached, or a file is missing or damaged.
     """
     files = weights_files(origin)
+    if files[0].suffix in VECTOR_SUFFIXES:
+        return _open_vectors(origin, files[0])
     tensors = open_tensors(files)
     config = _read_json(origin, "config.json")
     processor = _read_json(origin, "preprocessor_config.json")
@@ -64,6 +72,13 @@ def open_published(origin: str) -> Published:
         _of_timm(config) | _of_processor(processor),
         fetch(origin, "tokenizer.json"),
     )
+
+
+def _open_vectors(origin: str, file: Path) -> Published:
+    """Opens a text file of word vectors: one table of embeddings, with a vocabulary instead of a tokeniser."""
+    _, vectors = read_vectors(file)
+    tensors = in_memory({VECTORS: vectors}, what=str(file))
+    return Published(origin, (file,), tensors, {}, (), {"tokenizer": f"vectors:{file}"}, None)
 
 
 def _read_json(origin: str, name: str) -> dict[str, Any]:

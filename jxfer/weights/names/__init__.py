@@ -31,6 +31,7 @@ from jxfer.weights.names import (
 )
 from jxfer.weights.naming import Naming
 from jxfer.weights.resize import InputChannels
+from jxfer.weights.tensors import Tensor
 
 _MODULES: dict[type, Any] = {
     AlexNetConfig: alexnet,
@@ -59,6 +60,12 @@ def namings_of(size: Any) -> tuple[Naming, ...]:
 def resizes_of(size: Any) -> Resizes:
     """Returns which leaves of an architecture can be resized, and how."""
     return getattr(_MODULES.get(type(size)), "RESIZES", _FIRST_CONVOLUTION)
+
+
+def joined(size: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Returns a file's tensors with those made one that are one parameter here, as a distilled DeiT's two heads are."""
+    join = getattr(_MODULES.get(type(size)), "join_heads", None)
+    return join(tensors) if join else tensors
 
 
 def identify(config: Mapping[str, Any]) -> ModelConfig | None:
