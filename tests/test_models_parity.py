@@ -14,6 +14,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from jxfer import data, pretrained, source
+from jxfer.config import DataConfig, ModelConfig, SourceConfig
 from jxfer.models.cifar_resnet import CifarResNet, CifarResNetConfig
 from jxfer.models.convnet import ConvNet, ConvNetConfig
 from jxfer.models.resnet import ResNet, ResNetConfig
@@ -313,3 +315,19 @@ def test_published_cifar_weights_give_the_logits_of_the_reference(real_data, wei
     logits = nnx.jit(lambda m, x: m(x))(model, jnp.asarray(images, jnp.float32))
     assert_near(logits, expected, WHOLE_TOLERANCE)
     assert (np.asarray(logits).argmax(1) == labels).mean() > 0.78  # 0.81 and 0.83 on all 10,000
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "accuracy"),
+    [("resnet20-12fca82f.th", "resnet20", 0.8103), ("resnet32-d509ac18.th", "resnet32", 0.8256)],
+)
+def test_published_cifar_weights_are_as_accurate_as_measured_elsewhere(real_data, weights, name, accuracy):
+    origin = f"file:{real_data / 'weights_resnet_cifar10' / weights}"
+    known = source.known_of(SourceConfig(weights=origin), ModelConfig(name))
+    prepare = data.Prepare(config=DataConfig(**known.preprocessing), num_classes=10, train=False)
+    model = nnx.view(pretrained.load(origin, model=name, input_shape=(32, 32, 3)), use_running_average=True)
+    pixels, labels = cifar_test_images(real_data / "cifar10_jpeg" / "cifar10_test_jpeg.tar.gz", limit=None)
+    logits = nnx.jit(lambda m, x: m(prepare(jax.random.key(0), {"image": x})["image"]))
+    batches = np.split(pixels, 10)
+    predicted = np.concatenate([np.asarray(logits(model, batch)).argmax(1) for batch in batches])
+    assert (predicted == labels).mean() == pytest.approx(accuracy, abs=0.001)
