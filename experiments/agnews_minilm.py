@@ -35,7 +35,7 @@ experiment = Experiment(
         text_columns=("2", "3"),
         label_column="1",
         max_tokens=48,
-        test_fraction=0.2,
+        test_fraction=0.1,
         validation_fraction=0.05,
     ),
     model=ModelConfig("auto"),
