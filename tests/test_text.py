@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jxfer.config import DataConfig
-from jxfer.data import encode_texts, keep_words, load_dataset, read_file, tokenizer_json
+from jxfer.data import encode_texts, keep_words, load_dataset, read_file, texts_of, tokenizer_json
 from jxfer.data import text as text_module
 from jxfer.typing import InputError
 
@@ -172,7 +172,7 @@ def test_notes_beside_images_are_no_texts_but_more_texts_than_images_are_mixed(t
     with pytest.raises(InputError, match=r"mixes kinds of files: 'a/caption.txt' and 'a/x.png'; keep one kind"):
         load_dataset(config)
     (tmp_path / "b" / "more.txt").unlink()
-    with pytest.raises(InputError, match=r"holds no texts, but data.tokenizer asks for its words"):
+    with pytest.raises(InputError, match=r"holds no texts"):
         keep_words(config)
 
 
@@ -192,3 +192,10 @@ def test_class_folders_of_texts_are_a_data_set(tmp_path):
     (tmp_path / "neg" / "0.txt").write_bytes("naïve".encode("latin-1"))
     with pytest.raises(InputError, match=r"neg/0.txt', line 1, is not UTF-8"):
         load_dataset(config)
+
+
+def test_texts_can_be_had_by_the_ids_of_their_examples(tmp_path):
+    (tmp_path / "t.csv").write_text("text,label\none,a\ntwo,b\nthree,a\nfour,b\n")
+    config = DataConfig(f"table:{tmp_path / 't.csv'}", tokenizer="words:9")
+    split = load_dataset(config).splits["train"]
+    assert [texts_of(config)[name] for name in split.ids] == ["one", "two", "three", "four"]

@@ -2,7 +2,7 @@
 
 from jxfer.data.augment import NORMAL, Prepare
 from jxfer.data.dataset import ArraySplit, Dataset, LazySplit, Split, Subset
-from jxfer.data.load import encode_texts, keep_words, load_dataset, names, tokenizer_json
+from jxfer.data.load import encode_texts, keep_words, load_dataset, names, texts_of, tokenizer_json
 from jxfer.data.opening import read_file
 from jxfer.data.pipeline import batches, eval_batches
 from jxfer.data.subsets import Drawn, draw
@@ -24,5 +24,6 @@ __all__ = [
     "load_dataset",
     "names",
     "read_file",
+    "texts_of",
     "tokenizer_json",
 ]

@@ -71,14 +71,24 @@ def encode_texts(texts: Sequence[str], config: DataConfig) -> Int32[np.ndarray, 
     return text.encode(_tokenizer(config), texts, config)
 
 
-def _tokenizer(config: DataConfig) -> Any:
-    def texts() -> list[str]:
-        listing = _list(config)
-        if listing.input != "text":
-            raise InputError(f"data set '{config.name}' holds no texts, but data.tokenizer asks for its words")
-        return training_texts(with_texts(listing)[0])
+def texts_of(config: DataConfig) -> dict[str, str]:
+    """Returns the texts of a data set by the ids of its examples, for who looks at them with other tools.
 
-    return text.load_tokenizer(config, texts)
+    Raises:
+      InputError: the data set does not exist, or holds no texts.
+    """
+    return {example.name: example.text for example in _listed_texts(config).examples}
+
+
+def _tokenizer(config: DataConfig) -> Any:
+    return text.load_tokenizer(config, lambda: training_texts(_listed_texts(config)))
+
+
+def _listed_texts(config: DataConfig) -> Listing:
+    listing = _list(config)
+    if listing.input != "text":
+        raise InputError(f"data set '{config.name}' holds no texts")
+    return with_texts(listing)[0]
 
 
 def _list(config: DataConfig) -> Listing:
