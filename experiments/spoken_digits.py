@@ -1,7 +1,10 @@
 """Spoken digits from few examples: what does an embedding trained to find key words know of them already?
 
 Source: Google's speech embedding, 328,217 parameters. Target: the Free Spoken Digit Dataset, six speakers, 8 kHz.
-First write its tables, the official one (index 0 to 4 of each digit and speaker is the test split) and one per unseen
+Claim: a linear head on the frozen embedding knows the digits from five examples each, and speakers it never heard.
+Expected (mean ± 95 % interval, 3 seeds): 86.4 ± 12.4 % at one example per class, 95.9 ± 4.1 % at five (from scratch
+17.7 and 24.3 %), 97.7 ± 2.9 % with all, 99.5 ± 0.3 % and 95.8 ± 4.7 % on the unseen speakers theo and lucas.
+Time: 15 minutes on 2 busy CPU cores, nearly all of it from scratch. First write its tables, the official one (index 0 to 4 of each digit and speaker is the test split) and one per unseen
 speaker, into its folder:
 
     python experiments/spoken_digits.py recordings

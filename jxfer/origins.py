@@ -111,9 +111,12 @@ def _hub(rest: str) -> Path:
     try:
         import huggingface_hub
         from huggingface_hub import errors
+        from huggingface_hub.utils import logging
     except ImportError as error:
-        raise InputError("`hf:` needs the package huggingface_hub; `pip install 'jxfer[hub]'`") from error
+        raise InputError("`hf:` needs the package huggingface_hub; `pip install huggingface_hub`") from error
     hub: Any = huggingface_hub
+    # It announces every try, on several lines each; what fails in the end is our one line.
+    logging.set_verbosity_error()
     settings = {"repo_id": name, "revision": revision or None}
     fix = f"run `hf download {name} --local-dir DIR`, copy DIR here and give `file:DIR`"
     try:
