@@ -4,8 +4,10 @@ Source: Google's speech embedding, 328,217 parameters. Target: the Free Spoken D
 Claim: a linear head on the frozen embedding knows the digits from five examples each, and speakers it never heard.
 Expected (mean ± 95 % interval, 3 seeds): 86.4 ± 12.4 % at one example per class, 95.9 ± 4.1 % at five (from scratch
 17.7 and 24.3 %), 97.7 ± 2.9 % with all, 99.5 ± 0.3 % and 95.8 ± 4.7 % on the unseen speakers theo and lucas.
-Time: 15 minutes on 2 busy CPU cores, nearly all of it from scratch. First write its tables, the official one (index 0 to 4 of each digit and speaker is the test split) and one per unseen
-speaker, into its folder:
+Time: 15 minutes on 2 busy CPU cores, nearly all of it from scratch.
+
+First write its tables into its folder, the official one (index 0 to 4 of each digit and speaker is the test split) and
+one per unseen speaker:
 
     python experiments/spoken_digits.py recordings
     jxfer ablate experiments/spoken_digits.py --target.name table:recordings/digits.csv \

@@ -34,7 +34,13 @@ SIZES = {
     "squeezenet1_1": (("stem_width", "8"), ("squeezed", "8,8,8,8,8,8,8,8"), ("expanded", "8,8,8,8,8,8,8,8")),
     "resnet20": (("num_blocks", "1"), ("widths", "4,6,8")),
     "speech_embedding": (("widths", "4,4,6,8,8"),),
-    "minilm_l6": (("hidden_dim", "16"), ("num_layers", "1"), ("num_heads", "2"), ("mlp_dim", "16"), ("vocab_size", "60")),
+    "minilm_l6": (
+        ("hidden_dim", "16"),
+        ("num_layers", "1"),
+        ("num_heads", "2"),
+        ("mlp_dim", "16"),
+        ("vocab_size", "60"),
+    ),
 }
 """Of the networks whose published weights an experiment starts from."""
 

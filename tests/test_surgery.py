@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from networks import Net, make_batch
 
-from jxfer.partition import arrays_of
 from jxfer.config import DataConfig
+from jxfer.partition import arrays_of
 from jxfer.surgery.head import KeepRows, MLPHead, NewHead
 from jxfer.typing import InputError
 
@@ -44,7 +44,9 @@ def test_rows_of_a_head_without_bias_are_kept_too():
 
 def test_a_class_that_the_source_lacks_is_named_with_the_nearest():
     with pytest.raises(InputError, match=r"no class `zebra` to keep; nearest: `zebr`.*; use a new head"):
-        KeepRows()(net(), source_classes=(*"abcd", "zebr"), target_classes=("a", "zebra"), data=DataConfig(), rngs=nnx.Rngs(0))
+        KeepRows()(
+            net(), source_classes=(*"abcd", "zebr"), target_classes=("a", "zebra"), data=DataConfig(), rngs=nnx.Rngs(0)
+        )
 
 
 @pytest.mark.parametrize("surgery", [NewHead(), MLPHead(hidden_dim=6)])
