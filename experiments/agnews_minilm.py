@@ -69,7 +69,8 @@ def baselines(directory: Path) -> None:
         draws = [data.draw(dataset, target, shots, seed) for seed in range(settings["seeds"])]
         for name, classifier in classifiers.items():
             found = summarise(100 * accuracy(classifier, drawn, texts) for drawn in draws)
-            print(f"TF-IDF + {name}, {shots} per class: {found.mean:.1f} ± {found.half_width:.1f} %, n = {found.n}")
+            spread = "" if found.half_width is None else f" ± {found.half_width:.1f}"
+            print(f"TF-IDF + {name}, {shots} per class: {found.mean:.1f}{spread} %, n = {found.n}")
 
 
 def accuracy(classifier: Any, drawn: data.Drawn, texts: dict[str, str]) -> float:
