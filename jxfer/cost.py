@@ -33,7 +33,7 @@ def cost_of(train_step: TrainStep, state: TrainState, fixed: Fixed, batch: Batch
     return Cost(flops, int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
 
 
-def flops_of(program: jax.stages.Compiled | jax.stages.Lowered) -> float:
+def flops_of(program: jax.stages.Compiled) -> float:
     """Returns XLA's own count of floating-point operations of a program, which has the body of a loop once."""
     analysis = program.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis
@@ -61,4 +61,4 @@ def _is_jaxpr(value: Any) -> bool:
 
 def _flops_of_jaxpr(closed: Any) -> float:
     shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in closed.in_avals]
-    return flops_of(jax.jit(jax.extend.core.jaxpr_as_fun(closed)).lower(*shapes))
+    return flops_of(jax.jit(jax.extend.core.jaxpr_as_fun(closed)).lower(*shapes).compile())

@@ -13,7 +13,10 @@ from jaxtyping import Float32, Int16
 
 from jxfer.typing import InputError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+COMPRESSED = (".flac", ".ogg", ".mp3")
+"""What the package soundfile reads for us."""
+
+SUFFIXES = (".wav", *COMPRESSED)
 """File names by which a folder is known to hold sounds."""
 
 FULL_SCALE = 2**15
@@ -164,6 +167,8 @@ def _through_soundfile(path: Path, read: Callable[[Any], tuple[int, Any]]) -> tu
     try:
         import soundfile
     except ImportError as error:
+        if path.suffix.lower() not in COMPRESSED:
+            raise OSError("it is no WAV file") from error
         raise InputError(f"'{path}' is no WAV file; to read other formats: pip install 'jxfer[audio]'") from error
     try:
         with soundfile.SoundFile(path) as file:
