@@ -86,7 +86,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     state, fixed = start_phase(experiment, method, planned, model, key=key)
     state, fixed = place_state(state, fixed, mesh, experiment.mesh)
     before = fingerprint(_all_arrays(state, fixed))
-    splits, feature_flops = _store_features(context, planned, state, fixed, splits)
+    splits, feature_flops = store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
     batch = next(_device_batches(context, planned, splits.train, index, start=0))
     cost = cost_of_phase(experiment, method, planned, context.num_classes, state, fixed, batch)
@@ -121,6 +121,25 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
         checkpoint_bytes,
         planned.num_steps * cost.step_flops + feature_flops,
     )
+
+
+def store_features(
+    context: Context, planned: PlannedPhase, state: TrainState, fixed: Fixed, splits: Splits
+) -> tuple[Splits, float]:
+    """Returns the splits with stored features where the phase trains on them, and what computing these took."""
+    if not planned.stored or planned.boundary is None:
+        return splits, 0.0
+    prepare = prepare_images(context.experiment, context.num_classes, train=False)
+    feature_step = make_feature_step(prepare, stop=planned.boundary)
+    stored = [
+        extract(feature_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh)
+        for split in (splits.train, splits.validation)
+    ]
+    batch = pad_batch(
+        next(data.eval_batches(splits.train, batch_size=EVAL_BATCH_SIZE)), multiple=num_batch_shards(context.mesh)
+    )
+    flops = flops_of(feature_step.lower(state, fixed, put_batch(batch, context.mesh)).compile())
+    return Splits(*stored), flops * -(-len(splits.train) // EVAL_BATCH_SIZE)
 
 
 class _Keeper:
@@ -249,25 +268,6 @@ def rank(metrics: dict[str, float]) -> tuple[float, float]:
 
 def _all_arrays(state: TrainState, fixed: Fixed) -> Arrays:
     return {**state.params, **state.variables, **fixed.params, **fixed.variables}
-
-
-def _store_features(
-    context: Context, planned: PlannedPhase, state: TrainState, fixed: Fixed, splits: Splits
-) -> tuple[Splits, float]:
-    """Returns the splits with stored features where the phase trains on them, and what computing these took."""
-    if not planned.stored or planned.boundary is None:
-        return splits, 0.0
-    prepare = prepare_images(context.experiment, context.num_classes, train=False)
-    feature_step = make_feature_step(prepare, stop=planned.boundary)
-    stored = [
-        extract(feature_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh)
-        for split in (splits.train, splits.validation)
-    ]
-    batch = pad_batch(
-        next(data.eval_batches(splits.train, batch_size=EVAL_BATCH_SIZE)), multiple=num_batch_shards(context.mesh)
-    )
-    flops = flops_of(feature_step.lower(state, fixed, put_batch(batch, context.mesh)).compile())
-    return Splits(*stored), flops * -(-len(splits.train) // EVAL_BATCH_SIZE)
 
 
 def _device_batches(
