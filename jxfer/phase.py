@@ -16,7 +16,7 @@ from jxfer.config import Experiment, Method
 from jxfer.cost import Cost, flops_of
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
-from jxfer.features import extract, make_feature_step
+from jxfer.features import Extraction, extract, make_feature_step
 from jxfer.logs import LogRow
 from jxfer.loop import Hook, Session, Window, check_finite, train
 from jxfer.partition import Audit, fingerprint
@@ -70,7 +70,8 @@ class PhaseResult:
     cost: Cost
     checkpoint_bytes: int
     train_flops: float
-    """Of all steps, and of computing the stored features they train on; validation is not counted, for any method."""
+    """Of all steps; validation is not counted, for any method."""
+    features: Extraction
 
 
 def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits: Splits, *, index: int) -> PhaseResult:
@@ -86,7 +87,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     state, fixed = start_phase(experiment, method, planned, model, key=key)
     state, fixed = place_state(state, fixed, mesh, experiment.mesh)
     before = fingerprint(_all_arrays(state, fixed))
-    splits, feature_flops = store_features(context, planned, state, fixed, splits)
+    splits, features = store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
     batch = next(_device_batches(context, planned, splits.train, index, start=0))
     cost = cost_of_phase(experiment, method, planned, context.num_classes, state, fixed, batch)
@@ -119,27 +120,31 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
         audit,
         cost,
         checkpoint_bytes,
-        planned.num_steps * cost.step_flops + feature_flops,
+        planned.num_steps * cost.step_flops,
+        features,
     )
 
 
 def store_features(
     context: Context, planned: PlannedPhase, state: TrainState, fixed: Fixed, splits: Splits
-) -> tuple[Splits, float]:
-    """Returns the splits with stored features where the phase trains on them, and what computing these took."""
+) -> tuple[Splits, Extraction]:
+    """Returns the splits with stored features where the phase trains on them, and what computing these takes."""
     if not planned.stored or planned.boundary is None:
-        return splits, 0.0
+        return splits, Extraction()
     prepare = prepare_images(context.experiment, context.num_classes, train=False)
     feature_step = make_feature_step(prepare, stop=planned.boundary)
-    stored = [
+    train, validation = (
         extract(feature_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh)
         for split in (splits.train, splits.validation)
-    ]
+    )
     batch = pad_batch(
         next(data.eval_batches(splits.train, batch_size=EVAL_BATCH_SIZE)), multiple=num_batch_shards(context.mesh)
     )
     flops = flops_of(feature_step.lower(state, fixed, put_batch(batch, context.mesh)).compile())
-    return Splits(*stored), flops * -(-len(splits.train) // EVAL_BATCH_SIZE)
+    num_rows = len(train) + len(validation)
+    num_bytes = sum(array.nbytes for split in (train, validation) for array in split.arrays.values())
+    total_flops = flops * -(-len(train) // EVAL_BATCH_SIZE)
+    return Splits(train, validation), Extraction(planned.boundary, 1, num_rows, num_rows, num_bytes, total_flops)
 
 
 class _Keeper:

@@ -22,6 +22,7 @@ from flax import nnx
 from jxfer import checkpoint, config, data, logs
 from jxfer.config import Experiment, Method, ModelConfig, TrainConfig
 from jxfer.evaluate import evaluate
+from jxfer.features import total
 from jxfer.loop import Session
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Audit, Partition, arrays_of, fingerprint
@@ -49,6 +50,7 @@ COSTS = (
     "step_flops",
     "train_flops",
     "steps",
+    "features",
     "audit",
 )
 """The fields of a row that only a run that reached its end can fill."""
@@ -302,21 +304,27 @@ def _is_key(value: Any) -> bool:
 
 
 def _costs(outcomes: list[Outcome], chosen: Outcome) -> dict[str, Any]:
-    """Sums over the phases of the chosen variant; `train_flops` counts every variant that was tried."""
+    """Sums over the phases of the chosen variant; `train_flops` counts every variant that was tried.
+
+    All variants train on the same stored features, so that computing these counts once.
+    """
     phases = chosen.phases
     num_steps = sum(phase.num_steps for phase in phases)
     sizes = {path: value.size for phase in phases for path, value in phase.arrays.items()}
     trainable = {leaf_path for phase in phases for leaf_path in phase.trainable}
     step_flops = sum(phase.num_steps * phase.cost.step_flops for phase in phases)
     params = Partition.of(chosen.model, [("**", FROZEN)])
+    computed = sum(phase.features.computed for outcome in outcomes for phase in outcome.phases)
+    features = dataclasses.replace(total(phase.features for phase in phases), computed=computed)
     return {
         "params_total": params.params_total,
         "params_trainable": sum(sizes[path] for path in trainable),
         "optimizer_bytes": max((phase.cost.optimizer_bytes for phase in phases), default=0),
         "checkpoint_bytes": max((phase.checkpoint_bytes for phase in phases), default=0),
         "step_flops": step_flops / num_steps if num_steps else 0.0,
-        "train_flops": sum(phase.train_flops for outcome in outcomes for phase in outcome.phases),
+        "train_flops": sum(phase.train_flops for outcome in outcomes for phase in outcome.phases) + features.flops,
         "steps": num_steps,
+        "features": features.to_json(),
         "audit": {
             "frozen_unchanged": not any(phase.audit.leaks for phase in phases),
             "trainable_moved": sum(phase.audit.trainable_total - len(phase.audit.stuck) for phase in phases),

@@ -187,8 +187,9 @@ def test_the_variants_of_a_search_are_listed_and_validation_chooses(experiment, 
     third = row["variants"][2]["validation_metrics"]
     assert single["validation_metrics"] == third, "a variant trains as it would have alone"
     flops = single["steps"] * single["step_flops"]
-    assert row["train_flops"] == pytest.approx(4 * single["train_flops"])
-    assert single["train_flops"] > flops, "computing the stored features counts too"
+    assert single["train_flops"] == pytest.approx(flops + single["features"]["flops"])
+    assert single["features"]["flops"] > 0, "computing the stored features counts too"
+    assert row["train_flops"] == pytest.approx(4 * flops + single["features"]["flops"]), "and once for all variants"
 
 
 def test_a_method_without_phases_has_nothing_to_search(experiment, sources, tmp_path):
