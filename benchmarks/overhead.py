@@ -27,7 +27,8 @@ from jxfer.cost import cost_of, flops_of
 from jxfer.objectives import classification
 from jxfer.partition import Partition
 from jxfer.sharding import make_mesh, num_batch_shards, pad_batch, put_batch
-from jxfer.step import init_state, make_train_step, place_state
+from jxfer.state import init_state, place_state
+from jxfer.step import make_train_step
 from jxfer.typing import Batch
 
 TRAIN = TrainConfig(clip_norm=1.0, learning_rate=1e-3, log_every=25)

@@ -25,7 +25,8 @@ from jxfer.config import ModelConfig, TrainConfig
 from jxfer.cost import cost_of, flops_of
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Partition, arrays_of, eval_graphdef
-from jxfer.step import init_state, make_train_step
+from jxfer.state import init_state
+from jxfer.step import make_train_step
 from jxfer.typing import Arrays, Batch, Metrics
 
 # A rate so small that thousands of steps on one batch do not fit it, which would turn gradients into denormals.

@@ -23,7 +23,8 @@ from jxfer.config import TrainConfig
 from jxfer.models.vit import CONFIGS, ViT
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Partition
-from jxfer.step import init_state, make_train_step
+from jxfer.state import init_state
+from jxfer.step import make_train_step
 
 MODEL = "vit_ti_16"
 IMAGE_SHAPE = (64, 64, 3)

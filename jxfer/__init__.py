@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from jxfer.partition import Partition
     from jxfer.pretrained import load
     from jxfer.sharding import make_mesh, put_batch
-    from jxfer.step import init_state, make_eval_step, make_train_step, merge_state, place_state
+    from jxfer.state import init_state, merge_state, place_state
+    from jxfer.step import make_eval_step, make_train_step
     from jxfer.typing import InputError
 
 __version__ = "0.1.0"
@@ -37,13 +38,13 @@ __all__ = [
 _HOME = {
     "InputError": "typing",
     "Partition": "partition",
-    "init_state": "step",
+    "init_state": "state",
     "load": "pretrained",
     "make_eval_step": "step",
     "make_mesh": "sharding",
     "make_train_step": "step",
-    "merge_state": "step",
-    "place_state": "step",
+    "merge_state": "state",
+    "place_state": "state",
     "put_batch": "sharding",
 }
 """Public name -> the module that defines it; the other names of `__all__` are modules."""

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.extend.core
 
-from jxfer.step import Fixed, TrainState, TrainStep
+from jxfer.state import Fixed, TrainState
+from jxfer.step import TrainStep
 from jxfer.typing import Batch
 
 

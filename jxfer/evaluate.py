@@ -8,7 +8,8 @@ import numpy as np
 from jxfer.data import Split, eval_batches
 from jxfer.objectives import means
 from jxfer.sharding import num_batch_shards, pad_batch, put_batch
-from jxfer.step import EvalStep, Fixed, TrainState
+from jxfer.state import Fixed, TrainState
+from jxfer.step import EvalStep
 
 BATCHES_AHEAD = 2
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from jxfer.step import Fixed, TrainState, TrainStep
+from jxfer.state import Fixed, TrainState
+from jxfer.step import TrainStep
 from jxfer.typing import Batch, InterruptedRun, Metrics, NonFiniteError
 
 

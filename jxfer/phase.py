@@ -22,7 +22,8 @@ from jxfer.loop import Hook, Session, Window, check_finite, train
 from jxfer.partition import Audit, fingerprint
 from jxfer.plan import PlannedPhase, cost_of_phase, phase_steps, prepare_images, start_phase
 from jxfer.sharding import num_batch_shards, pad_batch, put_batch
-from jxfer.step import EvalStep, Fixed, TrainState, place_state
+from jxfer.state import Fixed, TrainState, place_state
+from jxfer.step import EvalStep
 from jxfer.typing import Arrays, AuditError, Batch, InputError
 
 EVAL_BATCH_SIZE = 256

@@ -19,17 +19,8 @@ from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
 from jxfer.source import known_of, resolve
-from jxfer.step import (
-    EvalStep,
-    Fixed,
-    FromStage,
-    TrainState,
-    TrainStep,
-    from_input,
-    init_state,
-    make_eval_step,
-    make_train_step,
-)
+from jxfer.state import Fixed, TrainState, init_state
+from jxfer.step import EvalStep, FromStage, TrainStep, from_input, make_eval_step, make_train_step
 from jxfer.typing import Arrays, Batch, Input, InputError
 from jxfer.weights.load import load_into
 

@@ -39,7 +39,8 @@ from jxfer.plan import (
 )
 from jxfer.sharding import make_mesh
 from jxfer.source import Source, base_record, delta
-from jxfer.step import init_state, make_eval_step
+from jxfer.state import init_state
+from jxfer.step import make_eval_step
 from jxfer.typing import Arrays, AuditError, NonFiniteError
 
 COSTS = (

@@ -2,6 +2,7 @@
 
 `state` holds what moves and is donated; `fixed` holds what does not, arrays and code, and is never returned. Gradients,
 optimizer state, norms, clipping, averages and checkpoints see `state.params` alone: freezing is a fact of the types.
+A population is many variants under the same step: what moves has a leading axis, all else is shared.
 """
 
 import dataclasses
@@ -12,13 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from jxfer.config import MeshConfig
 from jxfer.models.stages import run_stages, unpack
 from jxfer.objectives import Objective
-from jxfer.partition import Partition, arrays_of, eval_graphdef
-from jxfer.sharding import param_specs, place, state_shardings
+from jxfer.partition import arrays_of
+from jxfer.state import STACKED, Definition, Fixed, Population, TrainState, merge_state
 from jxfer.typing import INPUTS, Arrays, Batch, InputError, Metrics, PyTree
 
 Apply = Callable[[Any, Batch], jax.Array]
@@ -32,105 +31,6 @@ TrainStep = jax.stages.Wrapped
 
 EvalStep = jax.stages.Wrapped
 """Jitted `(state, fixed, batch) -> (sums of metrics, outputs)`."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Definition:
-    """The code of a phase: structures for training and inference, the labels, the optimizer, where the state lives.
-
-    Equal definitions are one object (`_define`), so that jit compares them by identity at every call.
-    """
-
-    partition: Partition
-    train_graphdef: nnx.GraphDef
-    eval_graphdef: nnx.GraphDef
-    tx: optax.GradientTransformation
-    shardings: tuple[jax.sharding.Sharding, ...] = ()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What moves: trainable parameters, moving statistics and random keys, optimizer state, average, step, key."""
-
-    step: PyTree
-    params: PyTree
-    variables: PyTree
-    opt_state: PyTree
-    ema: PyTree
-    key: PyTree
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Fixed:
-    """What does not: frozen parameters and statistics, the pretrained reference of penalties, the definition."""
-
-    params: PyTree
-    variables: PyTree
-    reference: PyTree
-    definition: Definition = dataclasses.field(metadata={"static": True})
-
-
-def init_state(
-    model: nnx.Module,
-    partition: Partition,
-    tx: optax.GradientTransformation,
-    *,
-    key: jax.Array | None = None,
-    ema: bool = False,
-    reference: tuple[str, ...] = (),
-) -> tuple[TrainState, Fixed]:
-    """Splits a model once, before the loop. What moves is copied, so the caller's model survives the donation.
-
-    Args:
-      model: any NNX module; `partition` was made from it or from one of the same structure.
-      partition: the labels of the phase.
-      tx: any Optax transform over the flat dict of trainable parameters, such as `partition.optimizer(...)`.
-      key: for augmentation; `jax.random.key(0)` when None.
-      ema: whether to keep an average of the trainable parameters.
-      reference: paths whose starting values penalties will need.
-    """
-    moving, frozen = partition.split(arrays_of(model))
-    kinds = {leaf.path: leaf.kind for leaf in partition.leaves}
-    params, variables = _by_kind(jax.tree.map(jnp.copy, moving), kinds)
-    definition = _define(partition, partition.train_graphdef(model), eval_graphdef(model), tx)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        variables=variables,
-        opt_state=jax.tree.map(jnp.copy, tx.init(params)),  # some keep the parameters themselves: both are donated
-        ema=jax.tree.map(jnp.copy, params) if ema else {},
-        key=jnp.copy(jax.random.key(0) if key is None else key),
-    )
-    start = {path: jnp.copy(params[path]) for path in reference if path in params}
-    return state, Fixed(*_by_kind(frozen, kinds), start, definition)
-
-
-def place_state(
-    state: TrainState, fixed: Fixed, mesh: jax.sharding.Mesh, config: MeshConfig
-) -> tuple[TrainState, Fixed]:
-    """Puts the state and the frozen part onto a mesh by the placement rules of each; the step keeps them there."""
-    params = {**state.params, **fixed.params}  # rules are judged against the whole model, not against one phase's part
-    specs = param_specs(params, config.trainable, mesh)
-    frozen_specs = param_specs(params, config.frozen, mesh)
-    shardings = state_shardings(state, specs, mesh)
-    old = fixed.definition
-    leaves = tuple(jax.tree.leaves(shardings))
-    definition = _define(old.partition, old.train_graphdef, old.eval_graphdef, old.tx, leaves)
-    placed = Fixed(
-        jax.device_put(fixed.params, state_shardings(fixed.params, frozen_specs, mesh)),
-        jax.device_put(fixed.variables, state_shardings(fixed.variables, {}, mesh)),
-        jax.device_put(fixed.reference, state_shardings(fixed.reference, specs, mesh)),
-        definition,
-    )
-    return place(state, shardings), placed
-
-
-def merge_state(state: TrainState, fixed: Fixed) -> Arrays:
-    """Returns all variables of the model as one flat dict, the average in place of the parameters where one is kept."""
-    moving = {**state.params, **state.ema, **state.variables}
-    return fixed.definition.partition.merge(moving, {**fixed.params, **fixed.variables})
 
 
 def from_input(model: Any, batch: Batch) -> jax.Array:
@@ -174,46 +74,130 @@ def make_train_step(
       ema_decay: of the average of the trainable parameters; the state must have been made with `ema=True`.
     """
 
+    advance = functools.partial(_advance, objective, apply, prepare, penalties, num_microbatches, ema_decay)
+
     def train_step(state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, Metrics]:
-        _check_average(state, ema_decay)
-        key = jax.random.fold_in(state.key, state.step)
-        batch = _with_mask(batch)
-        batch = prepare(key, batch) if prepare else batch
-        grads, variables, metrics = _accumulate(objective, apply, state, fixed, batch, num_microbatches)
-        if penalties:
-            pull = jax.grad(lambda params: sum(penalty(params, fixed.reference) for penalty in penalties))
-            grads = jax.tree.map(jnp.add, grads, pull(state.params))
-        updates, opt_state = fixed.definition.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-        moved = TrainState(state.step + 1, params, variables, opt_state, ema, state.key)
-        return _keep_placed(moved, fixed.definition), {**metrics, "grad_norm": optax.tree.norm(grads)}
+        moved, metrics = advance(state, fixed, batch)
+        return _keep_placed(moved, fixed.definition), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=128)
+def make_population_step(
+    objective: Objective,
+    *,
+    apply: Apply = from_input,
+    prepare: Prepare | None = None,
+    penalties: tuple[Callable[[Arrays, Arrays], jax.Array], ...] = (),
+    num_microbatches: int = 1,
+    ema_decay: float | None = None,
+) -> TrainStep:
+    """Returns the jitted step of a population: `(population, fixed, batch) -> (population, metrics)`, metrics [V].
+
+    Each variant takes the step that `make_train_step` makes of the same arguments. The frozen part, the batch and what
+    the frozen stages make of it are computed once for all. A variant whose loss or gradient norm is not finite keeps
+    what it had before and never moves again; its metrics are NaN from then on.
+    """
+    advance = functools.partial(_advance, objective, apply, prepare, penalties, num_microbatches, ema_decay)
+
+    def population_step(population: Population, fixed: Fixed, batch: Batch) -> tuple[Population, Metrics]:
+        axes = _population_axes(fixed)
+        before = population.state
+        moved, metrics = jax.vmap(advance, in_axes=(*axes, None), out_axes=(axes[0], 0))(before, fixed, batch)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        alive = population.alive & finite
+        state = dataclasses.replace(_where_alive(alive, moved, before), step=moved.step, key=moved.key)
+        metrics = {name: jnp.where(alive, value, jnp.nan) for name, value in metrics.items()}
+        return _keep_placed(Population(state, alive), fixed.definition), metrics
+
+    return jax.jit(population_step, donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=128)
 def make_eval_step(objective: Objective, *, apply: Apply = from_input, prepare: Prepare | None = None) -> EvalStep:
     """Returns the jitted evaluation `(state, fixed, batch) -> (sums, outputs)`, with every layer in inference mode."""
 
-    def eval_step(state: TrainState, fixed: Fixed, batch: Batch) -> tuple[Metrics, jax.Array]:
+    return jax.jit(_evaluation(objective, apply, prepare))
+
+
+@functools.lru_cache(maxsize=128)
+def make_population_eval_step(
+    objective: Objective, *, apply: Apply = from_input, prepare: Prepare | None = None
+) -> EvalStep:
+    """Returns the jitted evaluation of a population: `(population, fixed, batch) -> (sums [V], outputs [B V K])`."""
+    one = _evaluation(objective, apply, prepare)
+
+    def eval_step(population: Population, fixed: Fixed, batch: Batch) -> tuple[Metrics, jax.Array]:
+        in_axes = (*_population_axes(fixed), None)
+        return jax.vmap(one, in_axes=in_axes, out_axes=(0, 1))(population.state, fixed, batch)
+
+    return jax.jit(eval_step)
+
+
+def _advance(
+    objective: Objective,
+    apply: Apply,
+    prepare: Prepare | None,
+    penalties: tuple[Callable[[Arrays, Arrays], jax.Array], ...],
+    num_microbatches: int,
+    ema_decay: float | None,
+    state: TrainState,
+    fixed: Fixed,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """Takes one optimizer step and returns the state after it with the metrics of the batch before it."""
+    _check_average(state, ema_decay)
+    objective, penalties = _with_numbers(objective, penalties, fixed.numbers)
+    key = jax.random.fold_in(state.key, state.step)
+    batch = _with_mask(batch)
+    batch = prepare(key, batch) if prepare else batch
+    grads, variables, metrics = _accumulate(objective, apply, state, fixed, batch, num_microbatches)
+    if penalties:
+        pull = jax.grad(lambda params: sum(penalty(params, fixed.reference) for penalty in penalties))
+        grads = jax.tree.map(jnp.add, grads, pull(state.params))
+    updates, opt_state = fixed.definition.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
+    moved = TrainState(state.step + 1, params, variables, opt_state, ema, state.key)
+    return moved, {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+
+def _with_numbers(objective: Any, penalties: tuple[Any, ...], numbers: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    """Returns the objective and the penalties with the numbers of one variant in place of their own."""
+    if "label_smoothing" in numbers:
+        objective = dataclasses.replace(objective, label_smoothing=numbers["label_smoothing"])
+    if "penalty_weight" in numbers:
+        penalties = tuple(dataclasses.replace(penalty, weight=numbers["penalty_weight"]) for penalty in penalties)
+    return objective, penalties
+
+
+def _evaluation(
+    objective: Objective, apply: Apply, prepare: Prepare | None
+) -> Callable[[TrainState, Fixed, Batch], tuple[Metrics, jax.Array]]:
+    def evaluation(state: TrainState, fixed: Fixed, batch: Batch) -> tuple[Metrics, jax.Array]:
         batch = _with_mask(batch)
         batch = prepare(jax.random.key(0), batch) if prepare else batch
         model = fixed.definition.partition.assemble(fixed.definition.eval_graphdef, merge_state(state, fixed))
         outputs = apply(model, batch)
         return objective.metrics(outputs, batch), outputs
 
-    return jax.jit(eval_step)
+    return evaluation
 
 
-@functools.lru_cache(maxsize=512)
-def _define(*code: Any) -> Definition:
-    return Definition(*code)
+def _population_axes(fixed: Fixed) -> tuple[TrainState, Fixed]:
+    """Returns which parts of state and fixed part have a leading axis of variants, as `jax.vmap` takes it."""
+    state = TrainState(step=None, params=0, variables=0, opt_state=0, ema=0, key=None)
+    return state, dataclasses.replace(fixed, params=None, variables=None, reference=0, numbers=0)
 
 
-def _by_kind(arrays: Arrays, kinds: Mapping[str, str]) -> tuple[Arrays, Arrays]:
-    params = {path: value for path, value in arrays.items() if kinds[path] == "parameter"}
-    return params, {path: value for path, value in arrays.items() if path not in params}
+def _where_alive(alive: jax.Array, moved: TrainState, before: TrainState) -> TrainState:
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(alive.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    return dataclasses.replace(
+        moved, **{name: jax.tree.map(choose, getattr(moved, name), getattr(before, name)) for name in STACKED}
+    )
 
 
 def _check_average(state: TrainState, ema_decay: float | None) -> None:
@@ -268,7 +252,7 @@ def _cut(value: jax.Array, num_parts: int) -> jax.Array:
     return jnp.moveaxis(value.reshape(value.shape[0] // num_parts, num_parts, *value.shape[1:]), 1, 0)
 
 
-def _keep_placed(state: TrainState, definition: Definition) -> TrainState:
+def _keep_placed(state: PyTree, definition: Definition) -> PyTree:
     if not definition.shardings:
         return state
     shardings = jax.tree.unflatten(jax.tree.structure(state), definition.shardings)

@@ -15,7 +15,8 @@ from jxfer.evaluate import evaluate
 from jxfer.objectives import classification
 from jxfer.partition import Partition, fingerprint
 from jxfer.sharding import make_mesh
-from jxfer.step import init_state, make_eval_step, merge_state, place_state
+from jxfer.state import init_state, merge_state, place_state
+from jxfer.step import make_eval_step
 
 SIZE = 29
 MODEL = Net(nnx.Rngs(0))

@@ -17,7 +17,7 @@ from jxfer.models.stages import run_stages, stage_of
 from jxfer.partition import Partition, arrays_of, frozen_boundary
 from jxfer.plan import phase_steps, plan_phases, prepare_images, start_phase
 from jxfer.sharding import make_mesh, put_batch
-from jxfer.step import merge_state
+from jxfer.state import merge_state
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ LAYERS = (
     ("partition", "weights", "sharding"),
     ("surgery", "penalties", "optim", "objectives"),
     ("methods",),
-    ("step",),
+    ("state", "step"),
     ("cost", "planned", "checkpoint", "source", "pretrained", "plan", "features", "evaluate", "logs", "loop", "phase"),
     ("run", "predict", "export", "directory", "ablate"),
     ("report",),

@@ -11,7 +11,7 @@ import jxfer
 from jxfer.config import MeshConfig
 from jxfer.partition import fingerprint
 from jxfer.sharding import make_mesh, put_batch
-from jxfer.step import merge_state, place_state
+from jxfer.state import merge_state, place_state
 
 
 class Mine(nnx.Module):

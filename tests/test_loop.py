@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jxfer import loop
 from jxfer.loop import Hook, Window, train
 from jxfer.partition import Partition
-from jxfer.step import Fixed, TrainState, init_state
+from jxfer.state import Fixed, TrainState, init_state
 from jxfer.typing import InterruptedRun, NonFiniteError
 
 

@@ -16,7 +16,8 @@ from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of, fingerprint
 from jxfer.penalties.l2sp import L2SP
 from jxfer.sharding import make_mesh, pad_batch, put_batch
-from jxfer.step import init_state, make_eval_step, make_train_step, merge_state, place_state
+from jxfer.state import init_state, merge_state, place_state
+from jxfer.step import make_eval_step, make_train_step
 
 HEAD = [("head/**", "head"), ("**", "frozen")]
 TOP = [("head/**", "head"), ("layers/1?/**", "top"), ("**", "frozen")]

@@ -1,0 +1,192 @@
+"""What flows through the step: the state that moves, the fixed part that does not, and many variants as one."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jxfer.config import MeshConfig
+from jxfer.partition import Partition, arrays_of, eval_graphdef
+from jxfer.sharding import param_specs, place, state_shardings
+from jxfer.typing import Arrays, PyTree
+
+STACKED = ("params", "variables", "opt_state", "ema")
+"""The parts of the state that each variant of a population has for itself."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition:
+    """The code of a phase: structures for training and inference, the labels, the optimizer, where the state lives.
+
+    Equal definitions are one object (`_define`), so that jit compares them by identity at every call.
+    """
+
+    partition: Partition
+    train_graphdef: nnx.GraphDef
+    eval_graphdef: nnx.GraphDef
+    tx: optax.GradientTransformation
+    shardings: tuple[jax.sharding.Sharding, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What moves: trainable parameters, moving statistics and random keys, optimizer state, average, step, key."""
+
+    step: PyTree
+    params: PyTree
+    variables: PyTree
+    opt_state: PyTree
+    ema: PyTree
+    key: PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What does not: frozen parameters and statistics, the pretrained reference of penalties, the definition."""
+
+    params: PyTree
+    variables: PyTree
+    reference: PyTree
+    definition: Definition = dataclasses.field(metadata={"static": True})
+    numbers: PyTree = dataclasses.field(default_factory=dict)
+    """Settings that differ between the variants of a population: `label_smoothing`, `penalty_weight`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """What moves in V variants that train as one: `state` stacked on a leading axis, but for its step and key."""
+
+    state: PyTree
+    alive: PyTree
+    """[V] bool: whether every loss and gradient norm was finite so far; what is not alive moves no more."""
+
+
+def init_state(
+    model: nnx.Module,
+    partition: Partition,
+    tx: optax.GradientTransformation,
+    *,
+    key: jax.Array | None = None,
+    ema: bool = False,
+    reference: tuple[str, ...] = (),
+) -> tuple[TrainState, Fixed]:
+    """Splits a model once, before the loop. What moves is copied, so the caller's model survives the donation.
+
+    Args:
+      model: any NNX module; `partition` was made from it or from one of the same structure.
+      partition: the labels of the phase.
+      tx: any Optax transform over the flat dict of trainable parameters, such as `partition.optimizer(...)`.
+      key: for augmentation; `jax.random.key(0)` when None.
+      ema: whether to keep an average of the trainable parameters.
+      reference: paths whose starting values penalties will need.
+    """
+    moving, frozen = partition.split(arrays_of(model))
+    kinds = {leaf.path: leaf.kind for leaf in partition.leaves}
+    params, variables = _by_kind(jax.tree.map(jnp.copy, moving), kinds)
+    definition = _define(partition, partition.train_graphdef(model), eval_graphdef(model), tx)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        variables=variables,
+        opt_state=jax.tree.map(jnp.copy, tx.init(params)),  # some keep the parameters themselves: both are donated
+        ema=jax.tree.map(jnp.copy, params) if ema else {},
+        key=jnp.copy(jax.random.key(0) if key is None else key),
+    )
+    start = {path: jnp.copy(params[path]) for path in reference if path in params}
+    return state, Fixed(*_by_kind(frozen, kinds), start, definition)
+
+
+def place_state(
+    state: TrainState, fixed: Fixed, mesh: jax.sharding.Mesh, config: MeshConfig
+) -> tuple[TrainState, Fixed]:
+    """Puts the state and the frozen part onto a mesh by the placement rules of each; the step keeps them there."""
+    params = {**state.params, **fixed.params}  # rules are judged against the whole model, not against one phase's part
+    specs = param_specs(params, config.trainable, mesh)
+    shardings = state_shardings(state, specs, mesh)
+    placed = _place_fixed(fixed, params, mesh, config, shardings)
+    reference = jax.device_put(fixed.reference, state_shardings(fixed.reference, specs, mesh))
+    return place(state, shardings), dataclasses.replace(placed, reference=reference)
+
+
+def place_population(
+    population: Population, fixed: Fixed, mesh: jax.sharding.Mesh, config: MeshConfig, *, spread: bool
+) -> tuple[Population, Fixed]:
+    """Puts a population and the frozen part onto a mesh; the step keeps them there.
+
+    Args:
+      population: from `stack_population`.
+      fixed: its `reference` and `numbers` have the axis of variants too.
+      mesh: where to.
+      config: the placement rules, of which those of the frozen part apply.
+      spread: whether the variants are divided over the `data` axis, which must divide their number, so that every
+        device needs the whole batch; otherwise each device holds all variants and may have its share of the batch.
+    """
+    axis = NamedSharding(mesh, PartitionSpec("data") if spread else PartitionSpec())
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.tree.map(lambda _: axis, population.state)
+    state = dataclasses.replace(state, step=whole, key=whole)
+    shardings = Population(state, axis)
+    params = {**population.state.params, **fixed.params}
+    placed = _place_fixed(fixed, params, mesh, config, shardings)
+    numbers, reference = (jax.device_put(tree, axis) for tree in (fixed.numbers, fixed.reference))
+    return place(population, shardings), dataclasses.replace(placed, numbers=numbers, reference=reference)
+
+
+def merge_state(state: TrainState, fixed: Fixed) -> Arrays:
+    """Returns all variables of the model as one flat dict, the average in place of the parameters where one is kept."""
+    moving = {**state.params, **state.ema, **state.variables}
+    return fixed.definition.partition.merge(moving, {**fixed.params, **fixed.variables})
+
+
+def stack_population(states: Sequence[TrainState], *, multiple: int = 1) -> Population:
+    """Returns the population of these variants, which must stand at the same step; everything is copied.
+
+    Copies of the last one that are not alive fill it up to a multiple of `multiple`.
+    """
+    filled = [*states, *[states[-1]] * (-len(states) % multiple)]
+    stacked = {name: stack([getattr(state, name) for state in filled]) for name in STACKED}
+    state = dataclasses.replace(states[0], **stacked, step=jnp.copy(states[0].step), key=jnp.copy(states[0].key))
+    return Population(state, jnp.arange(len(filled)) < len(states))
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Returns one tree whose leaves have a leading axis over those of equal trees."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def member(population: Population, index: int) -> TrainState:
+    """Returns one variant of a population."""
+    parts = {name: jax.tree.map(lambda x: x[index], getattr(population.state, name)) for name in STACKED}
+    return dataclasses.replace(population.state, **parts)
+
+
+@functools.lru_cache(maxsize=512)
+def _define(*code: Any) -> Definition:
+    return Definition(*code)
+
+
+def _place_fixed(fixed: Fixed, params: Arrays, mesh: jax.sharding.Mesh, config: MeshConfig, shardings: PyTree) -> Fixed:
+    """Places what is frozen, and remembers where the state lives; `params` are those of the whole model."""
+    specs = param_specs(params, config.frozen, mesh)
+    old = fixed.definition
+    leaves = tuple(jax.tree.leaves(shardings))
+    return dataclasses.replace(
+        fixed,
+        params=jax.device_put(fixed.params, state_shardings(fixed.params, specs, mesh)),
+        variables=jax.device_put(fixed.variables, state_shardings(fixed.variables, {}, mesh)),
+        definition=_define(old.partition, old.train_graphdef, old.eval_graphdef, old.tx, leaves),
+    )
+
+
+def _by_kind(arrays: Arrays, kinds: Mapping[str, str]) -> tuple[Arrays, Arrays]:
+    params = {path: value for path, value in arrays.items() if kinds[path] == "parameter"}
+    return params, {path: value for path, value in arrays.items() if path not in params}
