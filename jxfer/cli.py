@@ -91,8 +91,8 @@ def ablate(args: Arguments) -> int:
     directory = _directory(args, experiment)
     with open_session() as session:
         results = ablate.ablate(experiment, directory, session, command=args.line)
-    report.build(directory)
-    _print_table(report.summary_table(results))
+    comparisons = report.build(directory)
+    _print_table(report.summary_table(results, comparisons))
     print(f"open {directory / 'report.html'}")
     return _report_failures(results)
 

@@ -11,6 +11,7 @@ import pytest
 
 from jxfer import ablate, cli, plan, report, session
 from jxfer.cli import main
+from jxfer.report.comparisons import Comparisons
 from jxfer.typing import InputError, InterruptedRun
 
 TRIAL = '''"""A trial."""
@@ -61,7 +62,7 @@ def calls(trial, monkeypatch):
         return [row()]
 
     monkeypatch.setattr(ablate, "ablate", fake)
-    monkeypatch.setattr(report, "build", lambda directory: None)
+    monkeypatch.setattr(report, "build", lambda directory: Comparisons({}))
     return seen
 
 

@@ -1,6 +1,7 @@
 """Rows to means and intervals, and intervals to claims."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jxfer.report.findings import best_table, compare, headline
+from jxfer.report.comparisons import compare_methods
+from jxfer.report.findings import best_table, certainty, headline
 from jxfer.report.results import Summary, collect, mean_of, read_results, summarise
 from jxfer.typing import InputError
 
@@ -17,11 +19,6 @@ def _row(method: str, shots: int | None, seed: int, accuracy: float | None, **mo
     status = "failed" if accuracy is None else "ok"
     metrics = None if accuracy is None else {"accuracy": accuracy}
     return {"method": method, "shots": shots, "seed": seed, "status": status, "metrics": metrics} | more
-
-
-def _rows(means: dict[tuple[str, int | None], float], spread: float = 0.01) -> list[dict[str, Any]]:
-    steps = (-spread, 0.0, spread)
-    return [_row(m, k, seed, mean + step) for (m, k), mean in means.items() for seed, step in enumerate(steps)]
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 30])
@@ -80,13 +77,6 @@ def test_missing_costs_are_left_out_of_means():
     assert mean_of([{}], "seconds") is None
 
 
-def test_only_intervals_that_do_not_overlap_differ():
-    assert compare(Summary(0.8, 0.01, 5), Summary(0.7, 0.01, 5)) == "better"
-    assert compare(Summary(0.7, 0.01, 5), Summary(0.8, 0.01, 5)) == "worse"
-    assert compare(Summary(0.715, 0.01, 5), Summary(0.7, 0.01, 5)) == "unclear"
-    assert compare(Summary(0.9, None, 1), Summary(0.1, 0.01, 5)) == "unknown"
-
-
 def test_the_headline_says_where_transfer_helps_and_where_not():
     means = {
         ("scratch", 1): 0.6,
@@ -94,25 +84,54 @@ def test_the_headline_says_where_transfer_helps_and_where_not():
         ("scratch", 20): 0.9,
         ("probe", 20): 0.905,
         ("scratch", None): 0.99,
+        ("probe", None): 0.9,
     }
-    text = headline(collect(_rows({**means, ("probe", None): 0.9})), ("scratch",))
-    assert text.startswith("With 1 labelled example per class, the best transfer is clearly better than training from")
-    assert "with all labelled examples, training from scratch is clearly better than the best transfer" in text
-    assert "with 20 labelled examples per class, there is no clear difference" in text
-    assert "The largest gain is with 1 per class: probe 80.0 ± 2.5 % against scratch 60.0 ± 2.5 % (n = 3 and 3)" in text
+    spreads = {"scratch": 0.01, "probe": 0.015}
+    steps = np.linspace(-1, 1, 6)
+    rows = [_row(m, k, i, mean + spreads[m] * step) for (m, k), mean in means.items() for i, step in enumerate(steps)]
+    results = collect(rows)
+    comparisons = compare_methods(results, {})
+    text = headline(results, comparisons, ("scratch",))
+    assert text.startswith("With 1 and 20 labelled examples per class, the best transfer is better than training from")
+    assert "with all labelled examples, training from scratch is better than the best transfer" in text
+    # Half a point at 20 is less than either interval: paired, it is seen all the same.
+    assert "The largest gain is with 1 per class: probe 80.0 ± 1.2 % against scratch 60.0 ± 0.8 % (n = 6 and 6)" in text
+    sure = certainty(results, comparisons, ("scratch",))
+    assert "1 per class: +20.0 (+19.6 to +20.4; p < 0.001)" in sure
+    assert "Paired t-test over seeds, as predictions are missing (6 seeds)" in sure
 
 
-def test_the_headline_claims_nothing_from_one_seed():
-    text = headline(collect([_row("scratch", 1, 0, 0.1), _row("probe", 1, 0, 0.9)]), ("scratch",))
-    assert "one seed gives no interval, so nothing can be claimed" in text
+def test_no_difference_is_said_plainly():
+    results = collect([_row(m, 5, i, 0.9 + a) for m, s in (("scratch", 1), ("probe", -1)) for i, a in _noise(s)])
+    assert headline(results, compare_methods(results, {}), ("scratch",)) == (
+        "With 5 labelled examples per class, no difference between the best transfer and training from scratch was "
+        "found."
+    )
+
+
+def test_the_headline_claims_nothing_from_one_seed_without_predictions():
+    results = collect([_row("scratch", 1, 0, 0.1), _row("probe", 1, 0, 0.9)])
+    text = headline(results, compare_methods(results, {}), ("scratch",))
+    assert "nothing can be claimed about transfer against scratch from one seed without predictions" in text
     assert "largest gain" not in text
+    assert "nothing was tested" in certainty(results, compare_methods(results, {}), ("scratch",))
 
 
 def test_without_a_baseline_the_best_meets_the_runner_up():
-    rows = _rows({("probe", 5): 0.8, ("partial", 5): 0.79})
-    assert headline(collect(rows), ()).endswith("against partial (79.0 ± 2.5 %): no clear difference.")
+    rows = [_row(m, 5, i, mean + a) for m, mean, s in (("probe", 0.8, 1), ("partial", 0.79, -1)) for i, a in _noise(s)]
+    results = collect(rows)
+    text = headline(results, compare_methods(results, {}), ())
+    assert re.search(r"against partial \(79\.0 ± \d\.\d %\): no difference found\.$", text)
 
 
 def test_scratch_at_the_top_is_not_compared_with_itself():
-    table = best_table(collect(_rows({("scratch", 5): 0.9, ("probe", 5): 0.8})), ("scratch",))
-    assert [cell.text for cell in table.rows[0]][-2:] == ["clearly above", "is the best"]
+    rows = [_row("scratch", 5, i, 0.9 + a) for i, a in _noise(1)] + [_row("probe", 5, i, 0.8) for i in range(4)]
+    results = collect(rows)
+    table = best_table(results, compare_methods(results, {}), ("scratch",))
+    texts = [cell.text for cell in table.rows[0]][-2:]
+    assert texts[0].startswith("better: +10.0 (")
+    assert texts[1] == "is the best"
+
+
+def _noise(sign: int) -> list[tuple[int, float]]:
+    return list(enumerate(sign * np.array([0.02, -0.02, 0.01, -0.01])))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from jxfer.report.comparisons import Comparisons
 from jxfer.report.directory import read_directory
 from jxfer.report.document import Block, Document, Figure, Fold, Gallery
 from jxfer.report.markdown import markdown
@@ -13,17 +14,21 @@ from jxfer.report.tables import summary_table
 __all__ = ["build", "summary_table"]
 
 
-def build(directory: Path) -> None:
+def build(directory: Path) -> Comparisons:
     """Writes `report.html`, `report.md` and their `*.png` into `directory`, each whole or not at all.
+
+    Returns how the methods compare, which `summary_table` marks.
 
     Raises:
       InputError: there are no finished runs, or a file of the directory cannot be understood.
     """
-    report = document(read_directory(directory))
+    material = read_directory(directory)
+    report = document(material)
     for name, png in _pngs(report):
         _write(directory / f"{name}.png", png)
     _write(directory / "report.md", markdown(report).encode())
     _write(directory / "report.html", html(report).encode())
+    return material.comparisons
 
 
 def _pngs(report: Document) -> Iterator[tuple[str, bytes]]:

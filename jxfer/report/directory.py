@@ -2,24 +2,16 @@
 
 import dataclasses
 import json
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jxfer.report.results import Results, Row, Shots, collect, read_results
+from jxfer.report.comparisons import Comparisons, compare_methods
+from jxfer.report.predictions import Predictions, read_arrays, read_predictions
+from jxfer.report.results import Results, Row, Run, collect, read_results
 from jxfer.typing import InputError
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Predictions:
-    """What one run said about the test split: `ids` [N] str, `labels` and `predicted` [N] int, `num_classes` K."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    predicted: np.ndarray
-    num_classes: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +34,10 @@ class Material:
     classes: tuple[str, ...]
     """Names of the target's classes; empty if unknown."""
     examples: Examples | None
+    manifest: dict[str, Any]
+    """What came out of a file of published weights; empty where the source was pre-trained here."""
+    predictions: Mapping[Run, Predictions]
+    comparisons: Comparisons
     source_validation: Row | None
     """Last look at the validation split in pre-training, from `source/metrics.jsonl`."""
 
@@ -66,40 +62,28 @@ def read_directory(directory: Path) -> Material:
     if not rows:
         raise InputError(f"no finished runs in {directory}")
     experiment = _read_json(directory / "experiment.json", {})
-    order = [method["name"] for method in experiment.get("methods", ())]
+    results = collect(rows, [method["name"] for method in experiment.get("methods", ())])
+    predictions = read_predictions(directory, results)
     return Material(
         directory=directory,
-        results=collect(rows, order),
+        results=results,
         experiment=experiment,
         versions=_read_json(directory / "versions.json", {}),
         plans=_read_json(directory / "plans.json", []),
         classes=tuple(_read_json(directory / "classes.json", {}).get("target", ())),
         examples=_read_examples(directory / "examples.npz"),
+        manifest=_read_json(directory / "manifest.json", {}),
+        predictions=predictions,
+        comparisons=compare_methods(results, predictions),
         source_validation=_best_validation(directory / "source" / "metrics.jsonl"),
     )
 
 
-def read_predictions(directory: Path, *, method: str, shots: Shots, seed: int) -> Predictions | None:
-    """Reads a run's predictions on the test split; None if the file is missing or broken (captions say how many)."""
-    name = f"{method}-shots{'all' if shots is None else shots}-seed{seed}"
-    arrays = _read_arrays(directory / "runs" / name / "predictions.npz", ("ids", "labels", "logits"))
-    if arrays is None or arrays["logits"].ndim != 2:
-        return None
-    logits = arrays["logits"]
-    return Predictions(arrays["ids"], arrays["labels"], logits.argmax(axis=1), logits.shape[1])
-
-
 def _read_examples(path: Path) -> Examples | None:
-    arrays = _read_arrays(path, ("ids", "images"))
-    return None if arrays is None or not len(arrays["ids"]) else Examples(arrays["ids"], arrays["images"])
-
-
-def _read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    arrays = read_arrays(path)
+    if not {"ids", "images"} <= arrays.keys() or not len(arrays["ids"]):
         return None
+    return Examples(arrays["ids"], arrays["images"])
 
 
 def _read_json(path: Path, default: Any) -> Any:

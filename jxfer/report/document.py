@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, TypeAlias
 
 from jxfer.report.results import Summary
+from jxfer.report.statistics import Difference
 
 Tone = Literal["", "best", "good", "bad", "muted"]
 
@@ -98,11 +99,12 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """The whole report; `headline` is its finding in a sentence or two."""
+    """The whole report; `headline` is its finding in a sentence or two, `certainty` says how sure that is."""
 
     title: str
     subtitle: str
     headline: str
+    certainty: str
     sections: tuple[Section, ...]
 
 
@@ -136,6 +138,22 @@ def percent_text(summary: Summary) -> str:
     """`75.3 ± 1.2`, or `75.3` where one seed gives no interval."""
     spread = "" if summary.half_width is None else f" ± {100 * summary.half_width:.1f}"
     return f"{100 * summary.mean:.1f}{spread}"
+
+
+def points_text(difference: float) -> str:
+    """A difference of accuracies in points: `+1.2`, `−0.3`."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def difference_text(difference: Difference) -> str:
+    """`+1.2 (−0.3 to +2.7)`, in points."""
+    low, high = points_text(difference.low), points_text(difference.high)
+    return f"{points_text(difference.mean)} ({low} to {high})"
+
+
+def p_text(p: float) -> str:
+    """`p = 0.012`, `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def _scaled(value: float | int | None, base: float, prefixes: tuple[str, ...], unit: str) -> Cell:

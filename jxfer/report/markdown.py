@@ -9,6 +9,7 @@ from jxfer.report.document import Block, Code, Document, Figure, Fold, Gallery, 
 def markdown(document: Document) -> str:
     """Renders the document; tables and text are the same as on the page, figures are links to files beside it."""
     head = f"# {_escape(document.title)}\n\n{_escape(document.subtitle)}\n\n**{_escape(document.headline)}**\n"
+    head += f"\n{_escape(document.certainty)}\n"
     return "\n".join([head, *map(_section, document.sections)])
 
 

@@ -34,6 +34,7 @@ def html(document: Document) -> str:
 <h1>{escape(document.title)}</h1>
 <p class="subtitle">{escape(document.subtitle)}</p>
 <p class="headline">{escape(document.headline)}</p>
+<p class="certainty">{escape(document.certainty)}</p>
 <nav>{links}</nav>
 </header>
 {sections}

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jxfer.report.confusions import Confusion, Shown
 from jxfer.report.directory import Material
 from jxfer.report.document import Card, Cell, Figure, Gallery, Table
 from jxfer.report.findings import shots_text
-from jxfer.report.predictions import Confusion, Shown
 from jxfer.report.style import HEAT, INK, NARROW_BELOW, drawing, picture, png_bytes, shorten
 
 MAX_NUMBERS = 16

@@ -1,110 +1,90 @@
-"""What the finished models said about the test split: confusion matrices, and examples worth looking at."""
+"""What each finished run said about the test split, reduced to what a report needs of it."""
 
 import dataclasses
+import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
-from jxfer.report.directory import Examples, Material, Predictions, read_predictions
-from jxfer.report.findings import ranking
-from jxfer.report.results import Shots
-
-MAX_EXAMPLES = 12
+from jxfer.report.results import Results, Run, run_of
+from jxfer.report.statistics import confidence_of, fit_temperature, negative_log_likelihood
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Confusion:
-    """Counts [K K] of (true class, predicted class), summed over the runs whose predictions could be read."""
+class Confidence:
+    """How sure a run was at some temperature: the probability [N] of what it predicted, and the mean NLL in nats."""
 
-    method: str
-    shots: Shots
-    counts: np.ndarray
-    num_runs: int
-    num_finished: int
-
-    @property
-    def rates(self) -> np.ndarray:
-        """[K K] float64: each row divided by its sum; rows of classes without examples are zero."""
-        totals = self.counts.sum(axis=1, keepdims=True)
-        return self.counts / np.maximum(totals, 1)
+    temperature: float
+    of_predicted: np.ndarray
+    loss: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shown:
-    """A test example with what each method took it for."""
+class Predictions:
+    """One run on the test split: `ids` [N] str, `labels` and `predicted` [N] int, `num_classes` K."""
 
-    image: np.ndarray
-    label: int
-    predicted: Mapping[str, int]
+    ids: np.ndarray
+    """The same object for all runs with the same examples in the same order."""
+    labels: np.ndarray
+    predicted: np.ndarray
+    num_classes: int
+    confidence: Confidence
+    scaled: Confidence | None
+    """At the temperature that fits the validation split; None where the run did not keep validation logits."""
 
     @property
-    def num_wrong(self) -> int:
-        """How many methods got it wrong."""
-        return sum(value != self.label for value in self.predicted.values())
+    def correct(self) -> np.ndarray:
+        """[N] bool."""
+        return self.labels == self.predicted
 
 
-def confusions(material: Material) -> list[Confusion]:
-    """One matrix per method with predictions at the most shots, best method first."""
-    for shots in reversed(material.results.shots):
-        found = [_confusion(material, entry.method, shots) for entry in ranking(material.results, shots)]
-        if kept := [matrix for matrix in found if matrix is not None]:
-            return kept
-    return []
+def read_predictions(directory: Path, results: Results) -> dict[Run, Predictions]:
+    """Reads the predictions of all finished runs; a missing or broken file leaves its run out."""
+    found: dict[Run, Predictions] = {}
+    known: list[np.ndarray] = []
+    for row in results.rows:
+        method, shots, seed = run_of(row)
+        name = f"{method}-shots{'all' if shots is None else shots}-seed{seed}"
+        arrays = read_arrays(directory / "runs" / name / "predictions.npz") if row["status"] == "ok" else {}
+        if _is_whole(arrays):
+            found[method, shots, seed] = _predictions(arrays, ids=_shared(arrays["ids"], known))
+    return found
 
 
-def shown_examples(material: Material) -> tuple[str, list[Shown]]:
-    """Up to twelve examples of one seed at the most shots, errors preferred, and where they come from.
-
-    A third are those most methods get wrong, a third those they disagree about, the rest come as they are stored.
-    """
-    examples = material.examples
-    if examples is None:
-        return "", []
-    for shots in reversed(material.results.shots):
-        for seed in sorted({row["seed"] for row in material.results.rows if row["shots"] == shots}):
-            by_method = _predictions_of_seed(material, shots, seed)
-            if shown := _join(examples, by_method):
-                return f"shots {'all' if shots is None else shots}, seed {seed}", _choose(shown)
-    return "", []
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an `.npz`; none if it is missing or broken."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return {}
 
 
-def _confusion(material: Material, method: str, shots: Shots) -> Confusion | None:
-    rows = material.results.of(method, shots)
-    read = [read_predictions(material.directory, method=method, shots=shots, seed=row["seed"]) for row in rows]
-    found = [predictions for predictions in read if predictions is not None and len(predictions.labels)]
-    if not found:
-        return None
-    K = max(max(p.num_classes, int(p.labels.max()) + 1) for p in found)
-    counts = np.zeros((K, K), np.int64)
-    for predictions in found:
-        np.add.at(counts, (predictions.labels, predictions.predicted), 1)
-    return Confusion(method, shots, counts, len(found), len(rows))
+def _is_whole(arrays: Mapping[str, np.ndarray]) -> bool:
+    if not {"ids", "labels", "logits"} <= arrays.keys() or not len(arrays["ids"]):
+        return False
+    logits, labels = arrays["logits"], arrays["labels"]
+    return logits.ndim == 2 and len(logits) == len(labels) == len(arrays["ids"]) and bool(np.isfinite(logits).all())
 
 
-def _predictions_of_seed(material: Material, shots: Shots, seed: int) -> dict[str, Predictions]:
-    methods = [entry.method for entry in ranking(material.results, shots)]
-    found = {m: read_predictions(material.directory, method=m, shots=shots, seed=seed) for m in methods}
-    return {method: predictions for method, predictions in found.items() if predictions is not None}
+def _predictions(arrays: Mapping[str, np.ndarray], ids: np.ndarray) -> Predictions:
+    logits, labels = arrays["logits"], arrays["labels"]
+    scaled = None
+    if len(arrays.get("validation_labels", ())):
+        scaled = _confidence(logits, labels, fit_temperature(arrays["validation_logits"], arrays["validation_labels"]))
+    return Predictions(ids, labels, logits.argmax(axis=1), logits.shape[1], _confidence(logits, labels, 1.0), scaled)
 
 
-def _join(examples: Examples, by_method: Mapping[str, Predictions]) -> list[Shown]:
-    """The examples that every method predicted, by id."""
-    if not by_method:
-        return []
-    tables = {m: dict(zip(p.ids.tolist(), p.predicted.tolist(), strict=True)) for m, p in by_method.items()}
-    first = next(iter(by_method.values()))
-    labels = dict(zip(first.ids.tolist(), first.labels.tolist(), strict=True))
-    return [
-        Shown(image, labels[name], {method: table[name] for method, table in tables.items()})
-        for name, image in zip(examples.ids.tolist(), examples.images, strict=True)
-        if all(name in table for table in tables.values())
-    ]
+def _confidence(logits: np.ndarray, labels: np.ndarray, temperature: float) -> Confidence:
+    loss = negative_log_likelihood(logits, labels, temperature=temperature)
+    return Confidence(temperature, confidence_of(logits, temperature=temperature), loss)
 
 
-def _choose(shown: list[Shown]) -> list[Shown]:
-    wrong = [index for index, example in enumerate(shown) if example.num_wrong]
-    hardest = sorted(wrong, key=lambda index: -shown[index].num_wrong)
-    disputed = sorted(wrong, key=lambda index: -len(set(shown[index].predicted.values())))
-    third = MAX_EXAMPLES // 3
-    picked = dict.fromkeys([*hardest[:third], *disputed[:third], *range(len(shown))])
-    return [shown[index] for index in list(picked)[:MAX_EXAMPLES]]
+def _shared(ids: np.ndarray, known: list[np.ndarray]) -> np.ndarray:
+    """The array of `known` that equals `ids`, or `ids` itself, which is known from then on."""
+    for other in known:
+        if np.array_equal(ids, other):
+            return other
+    known.append(ids)
+    return ids

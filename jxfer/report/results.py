@@ -18,6 +18,8 @@ _REQUIRED = ("method", "shots", "seed", "status")
 Row: TypeAlias = dict[str, Any]
 Shots: TypeAlias = int | None
 """Labelled training examples per class; None is all there are."""
+Run: TypeAlias = tuple[str, Shots, int]
+"""Method, shots and seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def summarise(values: Iterable[float]) -> Summary:
 
 def collect(rows: Sequence[Row], order: Sequence[str] = ()) -> Results:
     """Groups rows by method and shots; methods come in `order`, then as first met. A later row of a run replaces it."""
-    newest = tuple({(row["method"], row["shots"], row["seed"]): row for row in rows}.values())
+    newest = tuple({run_of(row): row for row in rows}.values())
     met = dict.fromkeys(row["method"] for row in newest)
     methods = (*(name for name in order if name in met), *(name for name in met if name not in order))
     shots = tuple(sorted({row["shots"] for row in newest}, key=_shots_order))
@@ -105,6 +107,11 @@ def mean_of(rows: Iterable[Row], field: str) -> float | None:
     """The mean of a numeric field over the rows that have it; None if none has."""
     values = [row[field] for row in rows if row.get(field) is not None]
     return float(np.mean(values, dtype=np.float64)) if values else None
+
+
+def run_of(row: Row) -> Run:
+    """Which run a row is of."""
+    return row["method"], row["shots"], row["seed"]
 
 
 def _shots_order(shots: Shots) -> float:

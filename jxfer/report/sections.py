@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 from jxfer.report import costs, curves, pictures, style, tables
+from jxfer.report.confusions import confusions, shown_examples
 from jxfer.report.directory import Material
 from jxfer.report.document import Block, Document, Fold, Section, Text, number, size
 from jxfer.report.document import Code as CodeBlock
-from jxfer.report.findings import best_table, headline, shots_text
-from jxfer.report.predictions import confusions, shown_examples
+from jxfer.report.findings import best_table, certainty, headline, shots_text
 
 
 def document(material: Material) -> Document:
@@ -18,7 +18,8 @@ def document(material: Material) -> Document:
     return Document(
         title=str(material.experiment.get("name") or material.results.rows[0].get("experiment") or "Ablation"),
         subtitle=_subtitle(material),
-        headline=headline(material.results, material.baselines),
+        headline=headline(material.results, material.comparisons, material.baselines),
+        certainty=certainty(material.results, material.comparisons, material.baselines),
         sections=tuple(sections),
     )
 
@@ -30,9 +31,9 @@ def _accuracy(material: Material) -> tuple[Block, ...]:
     looks = style.looks(results.methods, material.baselines)
     return (
         curves.accuracy_figure(results, looks),
-        tables.accuracy_table(results),
+        tables.accuracy_table(results, material.comparisons),
         Text("The best at each number of examples", tone="best"),
-        best_table(results, material.baselines),
+        best_table(results, material.comparisons, material.baselines),
     )
 
 

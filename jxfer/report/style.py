@@ -73,8 +73,11 @@ def css_colours() -> tuple[str, str]:
 
 def picture(draw: Callable[[float], Any], *, name: str, alt: str, caption: str, data: Table) -> Figure:
     """Draws at both widths. `draw` takes the width in inches and returns a matplotlib figure."""
-    wide, png = _render(draw, name, WIDE_INCHES)
-    narrow, _ = _render(draw, name, NARROW_INCHES)
+    with drawing(f"{name}{WIDE_INCHES}"):
+        canvas = draw(WIDE_INCHES)
+        wide, png = _svg(canvas), png_bytes(canvas)
+    with drawing(f"{name}{NARROW_INCHES}"):
+        narrow = _svg(draw(NARROW_INCHES))
     return Figure(name=name, alt=alt, caption=caption, wide=wide, narrow=narrow, png=png, data=data)
 
 
@@ -106,12 +109,10 @@ def shorten(text: str, length: int = 18) -> str:
     return f"{line[: length - 1 - tail]}…{line[-tail:]}"
 
 
-def _render(draw: Callable[[float], Any], name: str, width: float) -> tuple[str, bytes]:
-    with drawing(f"{name}{width}"):
-        figure = draw(width)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-        return _inline(buffer.getvalue().decode()), png_bytes(figure)
+def _svg(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(buffer.getvalue().decode())
 
 
 def _inline(svg: str) -> str:

@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jxfer.report.comparisons import Comparisons
 from jxfer.report.document import Cell, Table, number, percent, percent_text, seconds, size
-from jxfer.report.findings import Entry, compare, ranking, shots_name
+from jxfer.report.findings import ranking, shots_name
 from jxfer.report.results import Results, Row, Shots, accuracy_of, collect, mean_of
 
 _COSTS = (
@@ -20,13 +21,13 @@ _COSTS = (
 )
 
 
-def summary_table(results: Sequence[Row]) -> Any:
-    """The rich table for the terminal: methods by shots, test accuracy in percent."""
+def summary_table(rows: Sequence[Row], comparisons: Comparisons) -> Any:
+    """The rich table for the terminal: methods by shots, test accuracy in percent, marked by `comparisons`."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text as RichText
 
-    table = accuracy_table(collect(results))
+    table = accuracy_table(collect(rows), comparisons)
     rich = RichTable(box=box.SIMPLE, caption=RichText(table.note, style="dim"), caption_justify="left")
     for index, name in enumerate(table.header):
         rich.add_column(RichText(name), justify="right" if index else "left", no_wrap=True)
@@ -35,18 +36,17 @@ def summary_table(results: Sequence[Row]) -> Any:
     return rich
 
 
-def accuracy_table(results: Results) -> Table:
+def accuracy_table(results: Results, comparisons: Comparisons) -> Table:
     """Methods by shots: mean test accuracy in percent ± the half-width of its 95% interval."""
     sizes = [summary.n for summary in results.accuracy.values()]
     usual = max(set(sizes), key=sizes.count, default=0)
-    leaders = {shots: ranking(results, shots)[:1] for shots in results.shots}
-    rows = []
-    for method in results.methods:
-        cells = [_accuracy_cell(results, leaders[s], (method, s), usual) for s in results.shots]
-        rows.append((Cell(method), *cells))
+    rows = [
+        (Cell(method), *(_accuracy_cell(results, comparisons, (method, s), usual) for s in results.shots))
+        for method in results.methods
+    ]
     seeds = f"n = {usual} seeds{'' if len(set(sizes)) == 1 else ' unless given'}"
     interval = "one seed, so no interval" if set(sizes) == {1} else f"mean ± half of the 95% t-interval, {seeds}"
-    note = f"Test accuracy in %: {interval}. * best; ≈ no clear difference from the best (intervals overlap)."
+    note = f"Test accuracy in %: {interval}. {_marks_text(rows)}"
     header = ("Method", *(f"{shots_name(s)} per class" if s else shots_name(s) for s in results.shots))
     return Table(header, tuple(rows), note=note if sizes else "No run finished.")
 
@@ -123,17 +123,27 @@ def pairs_table(values: dict[str, Any], header: tuple[str, str]) -> Table:
     return Table(header, tuple((Cell(str(name)), Cell(str(value))) for name, value in values.items()))
 
 
-def _accuracy_cell(results: Results, leader: Sequence[Entry], key: tuple[str, Shots], usual: int) -> Cell:
+def _marks_text(rows: Sequence[tuple[Cell, ...]]) -> str:
+    marks = {
+        "≈": "≈ no difference from the best found (paired test, corrected for all comparisons)",
+        "?": "? cannot be tested against the best (a single seed without predictions)",
+    }
+    used = [text for mark, text in marks.items() if any(cell.text.startswith(mark) for row in rows for cell in row[1:])]
+    return f"{'; '.join(['* best', *used])}."
+
+
+def _accuracy_cell(results: Results, comparisons: Comparisons, key: tuple[str, Shots], usual: int) -> Cell:
     summary = results.accuracy.get(key)
     if summary is None:
         return percent(None)
-    best = leader[0]
+    method, shots = key
+    best = ranking(results, shots)[0].method
     count = "" if summary.n == usual else f" (n = {summary.n})"
     text = f"{percent_text(summary)}{count}"
-    if best.method == key[0]:
+    if best == method:
         return Cell(f"* {text}", summary.mean, "best")
-    tied = compare(best.summary, summary) == "unclear"
-    return Cell(f"≈ {text}" if tied else text, summary.mean)
+    mark = {"unclear": "≈ ", "unknown": "? "}.get(comparisons.between(best, method, shots).verdict, "")
+    return Cell(f"{mark}{text}", summary.mean)
 
 
 def _audit_cells(audits: Sequence[dict[str, Any]]) -> tuple[Cell, ...]:

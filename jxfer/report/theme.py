@@ -15,6 +15,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 3rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 p { margin: .75rem 0; overflow-wrap: anywhere; }
 .subtitle, figcaption, .note, .muted, nav { color: var(--muted); }
+.certainty { font-size: .925rem; }
 .subtitle { margin: .3rem 0 0; font-size: .9rem; }
 .headline { font-size: 1.15rem; line-height: 1.5; margin: 1.25rem 0; padding-left: 1rem;
   border-left: 3px solid var(--accent); }
