@@ -97,7 +97,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
     Group: {"learning_rate_scale": _NOT_NEGATIVE, "weight_decay_scale": _NOT_NEGATIVE},
     Phase: {"share": _SHARE, "layer_decay": _SHARE},
     Method: {"name": _FOLDER},
-    Experiment: {"name": _FOLDER, "shots": _AT_LEAST_1, "seeds": _AT_LEAST_1},
+    Experiment: {"name": _FOLDER, "shots": _AT_LEAST_1, "seeds": _AT_LEAST_1, "views": _AT_LEAST_1},
 }
 
 
@@ -116,6 +116,7 @@ def check(experiment: Experiment) -> None:
         raise InputError("shots is empty; give numbers of examples per class, or `none` for all there are")
     _check_distinct("shots", experiment.shots)
     _check_distinct("methods", [method.name for method in experiment.methods])
+    _check_views(experiment)
     for method in experiment.methods:
         _check_method(method)
         _check_steps(method, experiment.train)
@@ -193,6 +194,22 @@ def _check_data(place: str, data: DataConfig) -> None:
     if 0 in sizes or (len(sizes) == 2 and 1 not in sizes):
         counts = f"{place}.mean has {len(data.mean or ())} values and {place}.std {len(data.std or ())}"
         raise InputError(f"{counts}; give one for all channels or one for each")
+
+
+def _check_views(experiment: Experiment) -> None:
+    augment, views = experiment.target.augment, experiment.views
+    if views is None:
+        return
+    if experiment.features == "off":
+        raise InputError(f"views is {views}, but features=off stores none; set views=none or features=auto")
+    if not augment.active:
+        raise InputError(f"views is {views}, but no image changes; set target.augment.flip=true, say, or views=none")
+    for name in ("mixup", "cutmix"):
+        if getattr(augment, name):
+            raise InputError(
+                f"views is {views}, but target.augment.{name} mixes the examples of each batch anew, which views of "
+                f"single examples cannot store; set views=none or target.augment.{name}=0"
+            )
 
 
 def _check_distinct(place: str, values: Iterable[Any]) -> None:

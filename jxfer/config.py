@@ -232,6 +232,9 @@ class Experiment:
     """Whether a finished run keeps all weights, or only those that differ from its source's, with the source's hash."""
     features: Literal["auto", "off"] = "auto"
     """`auto` trains on stored features wherever that gives the same result; `off` always runs the whole model."""
+    views: int | None = None
+    """Augmented views of each training example to store, of which epoch e trains on number e mod `views`; None trains
+    online wherever the training images are augmented."""
     wandb: bool = False
     """Also log to Weights & Biases, if it is installed."""
 

@@ -25,13 +25,24 @@ class Cost:
 
 def cost_of(train_step: TrainStep, state: TrainState, fixed: Fixed, batch: Batch) -> Cost:
     """Costs one step ahead of time, on arrays or on their shapes; jit reuses the program when it is then called."""
-    traced = train_step.trace(state, fixed, batch)
-    compiled = traced.lower().compile()
+    compiled, flops = _compile(train_step, state, fixed, batch)
     memory = compiled.memory_analysis()
     sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)]
-    devices = {d for leaf in jax.tree.leaves(batch) for d in getattr(getattr(leaf, "sharding", None), "device_set", ())}
-    flops = flops_of(compiled) * max(len(devices), 1) + _looped_flops(traced.jaxpr.jaxpr)
     return Cost(flops, int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
+
+
+def flops_of_step(step: jax.stages.Wrapped, state: TrainState, fixed: Fixed, batch: Batch) -> float:
+    """Returns the floating-point operations of a jitted step on all devices together, loops counted in full."""
+    return _compile(step, state, fixed, batch)[1]
+
+
+def _compile(
+    step: jax.stages.Wrapped, state: TrainState, fixed: Fixed, batch: Batch
+) -> tuple[jax.stages.Compiled, float]:
+    traced = step.trace(state, fixed, batch)
+    compiled = traced.lower().compile()
+    devices = {d for leaf in jax.tree.leaves(batch) for d in getattr(getattr(leaf, "sharding", None), "device_set", ())}
+    return compiled, flops_of(compiled) * max(len(devices), 1) + _looped_flops(traced.jaxpr.jaxpr)
 
 
 def flops_of(program: jax.stages.Compiled) -> float:

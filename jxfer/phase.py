@@ -13,14 +13,14 @@ from flax import nnx
 from jxfer import data
 from jxfer.checkpoint import Checkpoints
 from jxfer.config import Experiment, Method
-from jxfer.cost import Cost, flops_of
+from jxfer.cost import Cost
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
-from jxfer.features import Extraction, extract, make_feature_step
+from jxfer.features import Extraction, Extractor, stored_splits
 from jxfer.logs import LogRow
 from jxfer.loop import Hook, Session, Window, check_finite, train
 from jxfer.partition import Audit, fingerprint
-from jxfer.plan import PlannedPhase, cost_of_phase, phase_steps, prepare_images, start_phase
+from jxfer.plan import PlannedPhase, cost_of_phase, load_data, phase_steps, start_phase
 from jxfer.sharding import num_batch_shards, pad_batch, put_batch
 from jxfer.state import Fixed, TrainState, place_state
 from jxfer.step import EvalStep
@@ -132,20 +132,19 @@ def store_features(
     """Returns the splits with stored features where the phase trains on them, and what computing these takes."""
     if not planned.stored or planned.boundary is None:
         return splits, Extraction()
-    prepare = prepare_images(context.experiment, context.num_classes, train=False)
-    feature_step = make_feature_step(prepare, stop=planned.boundary)
-    train, validation = (
-        extract(feature_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh)
-        for split in (splits.train, splits.validation)
+    extractor = Extractor(
+        experiment=context.experiment,
+        dataset=load_data(context.experiment.target),
+        boundary=planned.boundary,
+        state=state,
+        fixed=fixed,
+        mesh=context.mesh,
+        session=context.session,
+        title=context.title,
+        batch_size=EVAL_BATCH_SIZE,
     )
-    batch = pad_batch(
-        next(data.eval_batches(splits.train, batch_size=EVAL_BATCH_SIZE)), multiple=num_batch_shards(context.mesh)
-    )
-    flops = flops_of(feature_step.lower(state, fixed, put_batch(batch, context.mesh)).compile())
-    num_rows = len(train) + len(validation)
-    num_bytes = sum(array.nbytes for split in (train, validation) for array in split.arrays.values())
-    total_flops = flops * -(-len(train) // EVAL_BATCH_SIZE)
-    return Splits(train, validation), Extraction(planned.boundary, 1, num_rows, num_rows, num_bytes, total_flops)
+    train, validation, took = stored_splits(extractor, splits.train, splits.validation, num_steps=planned.num_steps)
+    return Splits(train, validation), took
 
 
 class _Keeper:

@@ -118,6 +118,9 @@ def _feature_choice(experiment: Experiment, boundary: str | None) -> tuple[bool,
         return False, "online: the first stage trains, so there is no frozen prefix to store"
     if experiment.features == "off":
         return False, "online: features=off"
-    if experiment.target.augment.active:
-        return False, "online: every step sees a newly augmented image"
-    return True, f"stored: the frozen stages before `{boundary}` run once per example"
+    once = f"stored: the frozen stages before `{boundary}` run once per example"
+    if not experiment.target.augment.active:
+        return True, once
+    if experiment.views is None:
+        return False, "online: every step sees a newly augmented image; views=K would store K views of each"
+    return True, f"{once} and view (views={experiment.views})"

@@ -111,8 +111,9 @@ def rows_on_disk(directory: Path) -> list[dict[str, Any]]:
 
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns a row without what differs between equal runs."""
-    return {name: value for name, value in row.items() if name != "seconds"}
+    """Returns a row without what differs between equal runs: its time, and who computed the features they share."""
+    features = {name: value for name, value in (row["features"] or {}).items() if name not in ("computed", "reused")}
+    return {name: value for name, value in row.items() if name != "seconds"} | {"features": features}
 
 
 def copy_of(directory: Path, to: Path) -> Path:

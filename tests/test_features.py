@@ -7,22 +7,25 @@ import itertools
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
 from flax import nnx
 
 from jxfer import data, models
 from jxfer.config import Experiment, MeshConfig, Method, ModelConfig, Phase, TrainConfig
-from jxfer.features import extract, make_feature_step
+from jxfer.extract import make_feature_step
+from jxfer.features import Extractor, stored_splits
 from jxfer.models.stages import run_stages, stage_of
 from jxfer.partition import Partition, arrays_of, frozen_boundary
-from jxfer.plan import phase_steps, plan_phases, prepare_images, start_phase
+from jxfer.plan import PlannedPhase, phase_steps, plan_phases, prepare_images, start_phase
 from jxfer.sharding import make_mesh, put_batch
 from jxfer.state import merge_state
 
 
 @pytest.fixture(autouse=True)
-def _tiny_models(monkeypatch):
+def _tiny_models_and_a_store_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "_CONFIGS", tiny.CONFIGS)
+    monkeypatch.setenv("JXFER_CACHE", str(tmp_path))
 
 
 @functools.cache
@@ -106,15 +109,24 @@ def test_a_model_without_stages_has_no_boundary():
     assert frozen_boundary(Partition.of(model, [("kernel", "head"), ("**", "frozen")]), ()) is None
 
 
-def phase_of(name: str, first: str, *, features: str, model: nnx.Module):
+def phase_of(name: str, first: str, *, model: nnx.Module, **settings):
     """Returns what trains the stages from `first` on: experiment, method, planned phase."""
     moving = model.stages[model.stages.index(first) :]
     rules = tuple((f"{s}/**", "moving") for s in moving if any(stage_of(p, (s,)) for p in arrays_of(model)))
     method = Method("some", rules=(*rules, ("**", "frozen")), phases=(Phase("train", train=("moving",)),))
     train = TrainConfig(num_steps=3, batch_size=6, learning_rate=0.01, clip_norm=1.0, schedule="constant")
-    experiment = Experiment("test", model=ModelConfig(name), train=train, features=features)
+    experiment = Experiment("test", model=ModelConfig(name), train=train, **settings)
     (planned,) = plan_phases(experiment, method, model)
     return experiment, method, planned
+
+
+def extractor_of(experiment: Experiment, method: Method, planned: PlannedPhase, model: nnx.Module, **changes):
+    """Returns what makes the features of a phase, on one device; `changes` are of its fields."""
+    state, fixed = start_phase(experiment, method, planned, model, key=jax.random.key(1))
+    dataset = data.Dataset("tiny", "1", tuple("abc"), {"train": tiny.make_split(13)}, tiny.IMAGE_SHAPE)
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    values = {"session": runs.QUIET, "title": "test", "batch_size": 8} | changes
+    return Extractor(experiment, dataset, planned.boundary, state, fixed, mesh, **values)
 
 
 def train_phase(name: str, first: str, *, features: str):
@@ -123,12 +135,11 @@ def train_phase(name: str, first: str, *, features: str):
     experiment, method, planned = phase_of(name, first, features=features, model=model)
     assert planned.stored == (features == "auto")
     assert planned.boundary == first
-    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    state, fixed = start_phase(experiment, method, planned, model, key=jax.random.key(1))
+    extractor = extractor_of(experiment, method, planned, model)
+    state, fixed, mesh = extractor.state, extractor.fixed, extractor.mesh
     split = tiny.make_split(13)
     if planned.stored:
-        step = make_feature_step(prepare_images(experiment, 3, train=False), stop=first)
-        split = extract(step, state, fixed, split, batch_size=8, mesh=mesh)
+        split, _, _ = stored_splits(extractor, split, split, num_steps=3)
     train_step, eval_step = phase_steps(experiment, method, planned, 3)
     history = []
     for batch in itertools.islice(data.batches(split, batch_size=6, seed=0), 3):
@@ -164,26 +175,39 @@ def test_training_on_stored_features_equals_training_online(name, first):
             assert path in moved
 
 
+def prepared(experiment: Experiment, images: np.ndarray) -> jax.Array:
+    batch = {"image": jax.numpy.asarray(images)}
+    return prepare_images(experiment, 3, train=False)(jax.random.key(0), batch)["image"]
+
+
+def run_prefix(extractor: Extractor, images: jax.Array) -> np.ndarray:
+    """Runs the frozen stages without jit or store."""
+    definition, arrays = extractor.fixed.definition, merge_state(extractor.state, extractor.fixed)
+    whole = definition.partition.assemble(definition.eval_graphdef, arrays)
+    return np.asarray(run_stages(whole, images, stop=extractor.boundary))
+
+
 def test_features_are_those_of_each_example_in_order():
     model = tiny.build("convnet_dropout")
-    experiment, method, planned = phase_of("convnet_dropout", "layer2", features="auto", model=model)
-    state, fixed = start_phase(experiment, method, planned, model, key=jax.random.key(0))
-    split, mesh = tiny.make_split(13), make_mesh(MeshConfig())
-    prepare = prepare_images(experiment, 3, train=False)
-    stored = extract(make_feature_step(prepare, stop="layer2"), state, fixed, split, batch_size=8, mesh=mesh)
-    graphdef = fixed.definition.eval_graphdef
-    whole = planned.partition.assemble(graphdef, merge_state(state, fixed))
-    images = prepare(jax.random.key(0), {"image": jax.numpy.asarray(split.arrays["image"])})["image"]
-    expected = run_stages(whole, images, stop="layer2")
+    experiment, method, planned = phase_of("convnet_dropout", "layer2", model=model)
+    extractor = extractor_of(experiment, method, planned, model)
+    examples = tiny.make_split(16)
+    train, validation = data.Subset(examples, np.arange(13)), data.Subset(examples, np.array([15, 3, 14]))
+    stored, checked, took = stored_splits(extractor, train, validation, num_steps=3)
+    expected = run_prefix(extractor, prepared(experiment, examples.arrays["image"][:13]))
     np.testing.assert_allclose(stored.arrays["features"], expected, rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(stored.labels, split.labels)
-    np.testing.assert_array_equal(stored.ids, split.ids)
+    expected = run_prefix(extractor, prepared(experiment, examples.arrays["image"][[15, 3, 14]]))
+    np.testing.assert_allclose(checked.arrays["features"], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(stored.labels, train.labels)
+    np.testing.assert_array_equal(checked.ids, validation.ids)
     assert set(stored.arrays) == {"features"}, "the images are not kept"
+    assert (took.examples, took.bytes) == (16, 16 * expected[0].nbytes)
+    assert took.computed == 15, "one example is in both splits"
 
 
 def test_equal_phases_share_their_steps():
     model = tiny.build("convnet")
-    experiment, method, planned = phase_of("convnet", "head", features="auto", model=model)
+    experiment, method, planned = phase_of("convnet", "head", model=model)
     other = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, learning_rate=1.0))
     assert phase_steps(experiment, method, planned, 3) == phase_steps(other, method, planned, 3)
     prepare = prepare_images(experiment, 3, train=False)

@@ -15,6 +15,9 @@ from jxfer.typing import Batch, InputError
 NORMAL = (0.5,)
 """Mean and standard deviation where neither the user nor the weights say."""
 
+VIEW_SEED = 0
+"""Of the random changes of stored views: no run's own, so that all runs share them."""
+
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601)."""
 
@@ -40,6 +43,27 @@ class Prepare:
         if self.train and self.config.augment.active:
             prepared = augment(key, prepared, self.config.augment, num_classes=self.num_classes)
         return {**prepared, "image": normalise(prepared["image"], self.config)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareViews:
+    """Prepares images as `Prepare` does in training, each changed by a key that its `example` and `view` [B] make.
+
+    So a view of an example is the same whenever it is made. Mixup and cutmix, which need a batch, are left out.
+    """
+
+    config: DataConfig
+
+    def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+        """Returns the batch with `image` as float32; the key does not count."""
+        del key
+
+        def change(example: Array, view: Array, image: Array) -> Array:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(VIEW_SEED), example), view)
+            return _change(key, image, self.config.augment)
+
+        image = jax.vmap(change)(batch["example"], batch["view"], batch["image"].astype(jnp.float32) / 255)
+        return {**batch, "image": normalise(image, self.config)}
 
 
 def normalise(image: Float[Array, "B H W C"], config: DataConfig) -> Float[Array, "B H W C"]:

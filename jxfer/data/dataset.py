@@ -108,6 +108,66 @@ class Subset:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Joined:
+    """The examples of several splits, one split after the other."""
+
+    splits: tuple[Split, ...]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids of all examples, [N] str."""
+        return np.concatenate([split.ids for split in self.splits])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of all examples, [N] int32."""
+        return np.concatenate([split.labels for split in self.splits])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    def read(self, indices: np.ndarray) -> HostBatch:
+        """Reads from each split what is its own."""
+        parts, places, start = [], [], 0
+        for split in self.splits:
+            own = np.flatnonzero((indices >= start) & (indices < start + len(split)))
+            if len(own):
+                parts.append(split.read(indices[own] - start))
+                places.append(own)
+            start += len(split)
+        order = np.argsort(np.concatenate(places))
+        return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Views:
+    """Examples that `base` holds in several augmented views, view after view; epoch e trains on view e mod `views`.
+
+    An index beyond the number of examples reads a later view, as `batches` does.
+    """
+
+    base: Split
+    views: int
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids of the examples, [N] str."""
+        return self.base.ids[: len(self)]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of the examples, [N] int32."""
+        return self.base.labels[: len(self)]
+
+    def __len__(self) -> int:
+        return len(self.base) // self.views
+
+    def read(self, indices: np.ndarray) -> HostBatch:
+        """Reads from the base."""
+        return self.base.read(indices)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A task: its classes and its splits (`train`, and `validation` and `test` where the data set has them)."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jxfer.data.dataset import ArraySplit, Split, Subset
+from jxfer.data.dataset import ArraySplit, Split, Subset, Views
 from jxfer.typing import HostBatch, InputError
 
 
@@ -18,7 +18,8 @@ def batches(
     """Yields batches `start`, `start + 1`, … of an endless stream of shuffled epochs, read ahead in threads.
 
     The stream is the epochs' permutations one after the other, so batches cross from one epoch into the next and are
-    always full. Batch k is a function of the split, `batch_size`, `seed` and k alone.
+    always full. Batch k is a function of the split, `batch_size`, `seed` and k alone. Of stored `Views`, epoch e reads
+    view e mod their number.
 
     Args:
       split: must not be empty.
@@ -75,6 +76,9 @@ class _BatchSource:
     def __getitem__(self, batch: int) -> HostBatch:
         size = len(self.split)
         indices = batch_indices(num_examples=size, batch_size=self.batch_size, seed=self.seed, batch=batch)[self.rows]
+        if isinstance(self.split, Views):
+            epochs = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self.rows] // size
+            indices = indices + epochs % self.split.views * size
         return {**self.split.read(indices), "mask": np.ones(len(indices), np.float32)}
 
 
@@ -92,4 +96,4 @@ def _check_rows(batch_size: int, process_index: int, process_count: int) -> slic
 
 
 def _in_memory(split: Split) -> bool:
-    return _in_memory(split.base) if isinstance(split, Subset) else isinstance(split, ArraySplit)
+    return _in_memory(split.base) if isinstance(split, (Subset, Views)) else isinstance(split, ArraySplit)
