@@ -17,7 +17,8 @@ from jxfer.data import Split
 from jxfer.loop import Session
 from jxfer.models.stages import pack, run_stages
 from jxfer.sharding import num_batch_shards, pad_batch, put_batch
-from jxfer.step import Fixed, Prepare, TrainState, merge_state
+from jxfer.state import Fixed, TrainState, merge_state
+from jxfer.step import Prepare
 from jxfer.store import Store, make_room, writing
 from jxfer.typing import INPUTS, Batch, HostBatch, InterruptedRun
 

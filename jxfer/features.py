@@ -23,7 +23,7 @@ from jxfer.extract import Prefix, compute_rows, make_feature_step
 from jxfer.loop import Session
 from jxfer.models.stages import stage_of
 from jxfer.partition import fingerprint
-from jxfer.step import Fixed, TrainState, merge_state
+from jxfer.state import Fixed, TrainState, merge_state
 from jxfer.store import Fields, Store, open_store
 from jxfer.typing import HostBatch, InputError
 

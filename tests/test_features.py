@@ -3,6 +3,13 @@
 import dataclasses
 import functools
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import zlib
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,8 +18,12 @@ import runs
 import tiny
 from flax import nnx
 
-from jxfer import data, models
-from jxfer.config import Experiment, MeshConfig, Method, ModelConfig, Phase, TrainConfig
+from jxfer import data, models, store
+from jxfer.checks import check
+from jxfer.chunks import SUFFIX, open_chunk
+from jxfer.config import AugmentConfig, DataConfig, Experiment, MeshConfig, Method, ModelConfig, Phase, TrainConfig
+from jxfer.data import augment
+from jxfer.data.pipeline import batch_indices
 from jxfer.extract import make_feature_step
 from jxfer.features import Extractor, stored_splits
 from jxfer.models.stages import run_stages, stage_of
@@ -20,6 +31,7 @@ from jxfer.partition import Partition, arrays_of, frozen_boundary
 from jxfer.plan import PlannedPhase, phase_steps, plan_phases, prepare_images, start_phase
 from jxfer.sharding import make_mesh, put_batch
 from jxfer.state import merge_state
+from jxfer.typing import InputError, InterruptedRun
 
 
 @pytest.fixture(autouse=True)
@@ -203,6 +215,225 @@ def test_features_are_those_of_each_example_in_order():
     assert set(stored.arrays) == {"features"}, "the images are not kept"
     assert (took.examples, took.bytes) == (16, 16 * expected[0].nbytes)
     assert took.computed == 15, "one example is in both splits"
+
+
+@functools.cache
+def probe(name: str = "convnet", first: str = "head", **settings):
+    """Returns the phase that trains a head, and its model."""
+    model = tiny.build(name)
+    return *phase_of(name, first, model=model, **settings), model
+
+
+def test_runs_compute_what_is_missing_and_share_the_rest():
+    examples = tiny.make_split(40)
+    splits = [data.Subset(examples, np.arange(*bounds)) for bounds in ((0, 10), (10, 14), (5, 20), (12, 18))]
+    stored, _, first = stored_splits(extractor_of(*probe()), *splits[:2], num_steps=3)
+    assert (first.examples, first.computed, first.views, first.boundary) == (14, 14, 1, "head")
+    again, _, second = stored_splits(extractor_of(*probe()), *splits[:2], num_steps=3)
+    assert second == dataclasses.replace(first, computed=0), "what it costs does not depend on who computed it"
+    assert again.arrays["features"].tobytes() == stored.arrays["features"].tobytes()
+    more, _, third = stored_splits(extractor_of(*probe()), *splits[2:], num_steps=3)
+    assert (third.examples, third.computed) == (21, 6)
+    assert third.flops == first.flops / 10 * 15
+    assert more.arrays["features"][:5].tobytes() == stored.arrays["features"][5:].tobytes()
+
+
+def test_every_field_of_the_key_counts():
+    experiment, *_ = probe()
+    base = extractor_of(*probe()).fields()
+
+    def changed(**changes) -> set[str]:
+        other = dataclasses.replace(extractor_of(*probe()), **changes)
+        fields = other.fields()
+        assert fields.keys() == base.keys()
+        return {name for name in fields if fields[name] != base[name]}
+
+    def target(**values) -> Experiment:
+        return dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, **values))
+
+    def of_model(**values) -> Experiment:
+        return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **values))
+
+    dataset = extractor_of(*probe()).dataset
+    for name, value in {
+        "image_size": 8, "channels": 1, "crop_fraction": 0.9, "resample": "bicubic", "mean": (0.4,), "std": (0.2,),
+        "channel_order": "bgr", "tokenizer": "words:9", "max_tokens": 5, "sample_rate": 8000, "seconds": 1.0,
+    }.items():  # fmt: skip
+        assert changed(experiment=target(**{name: value})) == {name}
+    assert changed(experiment=target(name="folder:elsewhere")) == {"data place"}
+    assert changed(dataset=dataclasses.replace(dataset, version="2")) == {"data version"}
+    assert changed(dataset=dataclasses.replace(dataset, name="other")) == {"data"}
+    assert changed(experiment=of_model(dtype="bfloat16")) == {"dtype"}
+    assert changed(experiment=of_model(size=(("widths", "4,6,9"),))) == {"size"}
+    assert changed(boundary="layer2") == {"boundary", "weights"}, "layer2 does not count before itself"
+    assert changed(experiment=target(test_fraction=0.1, validation_fraction=0.2)) == set(), "rows go by example"
+    assert changed(experiment=dataclasses.replace(experiment, seeds=9, shots=(3,))) == set()
+    kept = set(extractor_of(*probe()).fields()) - {"format", "code", "jax", "backend", "augment", "mode", "tokens"}
+    assert kept >= {"weights", "model", "text_columns"}
+
+
+def test_the_weights_of_the_key_are_those_before_the_boundary():
+    experiment, method, planned, model = probe("resnet20", "layer3")
+    before = extractor_of(*probe("resnet20", "layer3"))
+    hashed = before.fields()["weights"]
+    for path, counts in {"layer2/0/conv1/kernel": True, "stem/bn/mean": True, "layer3/0/conv1/kernel": False}.items():
+        arrays = arrays_of(model)
+        arrays[path] = arrays[path] + 1e-3
+        other = planned.partition.assemble(nnx.graphdef(model), arrays)
+        assert (extractor_of(experiment, method, planned, other).fields()["weights"] != hashed) == counts, path
+
+
+def test_texts_count_as_tokens_whatever_the_tokeniser_is_called():
+    tokens = np.arange(12, dtype=np.int32).reshape(3, 4)
+
+    def fields(tokens: np.ndarray) -> dict:
+        split = data.ArraySplit(np.array(list("xyz")), np.arange(3, dtype=np.int32), {"text": tokens})
+        dataset = data.Dataset("texts", "1", tuple("abc"), {"train": split}, (4,), input="text")
+        return dataclasses.replace(extractor_of(*probe()), dataset=dataset).fields()
+
+    assert fields(tokens) == fields(tokens.copy())
+    assert fields(tokens)["tokens"] != fields(tokens + 1)["tokens"]
+
+
+def test_a_damaged_row_is_computed_anew_and_no_other():
+    split, notes = tiny.make_split(30), []
+    stored, _, _ = stored_splits(extractor_of(*probe()), split, split, num_steps=3)
+    (file,) = store.root().rglob(f"*{SUFFIX}")
+    content = file.read_bytes()
+    place = content.index(stored.arrays["features"][7].tobytes())
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    open_chunk.cache_clear()
+    session = dataclasses.replace(runs.QUIET, note=notes.append)
+    again, _, took = stored_splits(extractor_of(*probe(), session=session), split, split, num_steps=3)
+    assert took.computed == 1
+    assert "features of 'train/00007'" in notes[0]
+    assert again.arrays["features"].tobytes() == stored.arrays["features"].tobytes()
+
+
+def test_features_larger_than_memory_are_read_as_they_are_asked_for(monkeypatch):
+    split = tiny.make_split(30)
+    whole, _, _ = stored_splits(extractor_of(*probe()), split, split, num_steps=3)
+    monkeypatch.setattr("jxfer.features.MEMORY_BYTES", 100)
+    lazy, checked, took = stored_splits(extractor_of(*probe()), split, split, num_steps=3)
+    assert took.computed == 0
+    assert not isinstance(lazy, data.ArraySplit)
+    for one, other in zip(
+        data.eval_batches(checked, batch_size=7), data.eval_batches(whole, batch_size=7), strict=True
+    ):
+        np.testing.assert_array_equal(one["features"], other["features"])
+    streams = [itertools.islice(data.batches(each, batch_size=8, seed=1), 9) for each in (lazy, whole)]
+    for one, other in zip(*streams, strict=True):
+        assert all((one[name] == other[name]).all() for name in other)
+    (known,) = store.list_keys()
+    assert not store.remove(known.key), "in use"
+    file = next(store.root().rglob(f"*{SUFFIX}"))
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(InputError, match="damaged while a run used them; start it again"):
+        lazy.read(np.arange(3))
+
+
+def test_stopped_in_the_middle_what_was_computed_stays(monkeypatch):
+    monkeypatch.setattr("jxfer.extract.CHUNK_SECS", 0.0)
+    split = tiny.make_split(40)
+    with pytest.raises(InterruptedRun, match="features of 24 of 40 examples"):
+        stored_splits(extractor_of(*probe(), session=runs.stop_after(2)), split, split, num_steps=3)
+    _, _, took = stored_splits(extractor_of(*probe()), split, split, num_steps=3)
+    assert (took.examples, took.computed) == (80, 16)
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    import runs, test_features, tiny
+    from jxfer import extract, models
+    models._CONFIGS = tiny.CONFIGS
+    extract.CHUNK_SECS = 0.0
+    seen = []
+    def progress(what, done, total):
+        seen.append(done)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    session = runs.Session(progress=progress, should_stop=lambda: False)
+    split = tiny.make_split(40)
+    extractor = test_features.extractor_of(*test_features.probe(), session=session)
+    test_features.stored_splits(extractor, split, split, num_steps=3)
+"""
+
+
+def test_killed_in_the_middle_what_was_computed_stays():
+    code = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent))
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"})
+    assert killed.returncode == -signal.SIGKILL
+    split = tiny.make_split(40)
+    _, _, took = stored_splits(extractor_of(*probe()), split, split, num_steps=3)
+    assert (took.examples, took.computed) == (80, 16)
+
+
+def test_more_than_the_limit_is_refused_before_anything_is_computed(monkeypatch):
+    monkeypatch.setenv(store.LIMIT, "1e-9")
+    split = tiny.make_split(13)
+    with pytest.raises(InputError, match=r"features are to be stored, .* raise it, or set features=off"):
+        stored_splits(extractor_of(*probe()), split, split, num_steps=3)
+    assert not list(store.root().rglob(f"*{SUFFIX}"))
+
+
+AUGMENTED = DataConfig(augment=AugmentConfig(crop_padding=1, flip=True, brightness=0.2))
+
+
+def view_of(image: np.ndarray, name: str, view: int) -> jax.Array:
+    """Returns one example as a view of it is prepared, [1 H W C]."""
+    key = jax.random.fold_in(jax.random.key(data.VIEW_SEED), zlib.crc32(name.encode()))
+    changed = augment._change(jax.random.fold_in(key, view), jax.numpy.asarray(image) / 255, AUGMENTED.augment)
+    return augment.normalise(changed[None], AUGMENTED)
+
+
+def test_views_are_the_features_of_augmented_images_and_epochs_take_turns():
+    experiment, method, planned, model = probe("convnet", "layer2", views=3, target=AUGMENTED)
+    assert planned.stored
+    assert "views=3" in planned.why
+    split, checked = tiny.make_split(6), tiny.make_split(4, seed=1)
+    extractor = extractor_of(experiment, method, planned, model)
+    stored, validation, took = stored_splits(extractor, split, checked, num_steps=12)
+    assert (len(stored), took.views, took.examples, took.computed) == (6, 3, 22, 22)
+    for epoch, batch in enumerate(itertools.islice(data.batches(stored, batch_size=6, seed=5), 5)):
+        order = batch_indices(num_examples=6, batch_size=6, seed=5, batch=epoch)
+        np.testing.assert_array_equal(batch["label"], split.labels[order])
+        names, images = split.ids[order].tolist(), split.arrays["image"][order]
+        views = [view_of(image, name, epoch % 3) for image, name in zip(images, names, strict=True)]
+        expected = run_prefix(extractor, jax.numpy.concatenate(views))
+        np.testing.assert_allclose(batch["features"], expected, rtol=1e-4, atol=1e-6)
+    plain = run_prefix(extractor, prepared(experiment, checked.arrays["image"]))
+    np.testing.assert_allclose(validation.arrays["features"], plain, rtol=1e-4, atol=1e-6, err_msg="never augmented")
+
+
+def test_no_more_views_are_stored_than_there_are_epochs_and_more_views_share_the_first():
+    split = tiny.make_split(6)
+    phase = functools.partial(probe, "convnet", "layer2", target=AUGMENTED)
+    _, _, took = stored_splits(extractor_of(*phase(views=8)), split, split, num_steps=2)
+    assert (took.views, took.computed) == (2, 18), "2 steps of 6, and once without augmentation"
+    _, _, took = stored_splits(extractor_of(*phase(views=3)), split, split, num_steps=12)
+    assert (took.views, took.computed) == (3, 6)
+
+
+def test_batches_that_cross_into_the_next_epoch_read_both_views():
+    base = data.ArraySplit(np.array(list("abcabc")), np.arange(6, dtype=np.int32) % 3, {"features": np.arange(6)})
+    stream = data.batches(data.Views(base, 2), batch_size=2, seed=0)
+    seen = np.concatenate([batch["features"] for batch in itertools.islice(stream, 6)]).reshape(4, 3)
+    assert [sorted(epoch) for epoch in seen.tolist()] == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": DataConfig()}, "no image changes"),
+        ({"target": AUGMENTED, "features": "off"}, "features=off stores none"),
+        ({"target": DataConfig(augment=AugmentConfig(mixup=0.2))}, "mixup mixes the examples of each batch"),
+        ({"target": AUGMENTED, "views": 0}, "at least 1"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        check(Experiment("test", **{"views": 2} | settings))
 
 
 def test_equal_phases_share_their_steps():
