@@ -14,7 +14,7 @@ LAYERS = (
     ("typing", "config", "paths", "origins", "checks"),
     ("data", "models"),
     ("partition", "weights", "sharding"),
-    ("surgery", "penalties", "optim", "objectives"),
+    ("solvers", "surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("state", "step"),
     ("cost", "planned", "checkpoint", "source", "pretrained", "plan", "evaluate", "logs", "loop"),
