@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jxfer import __version__
+from jxfer.commands import Arguments, Command, help_of, overview
 
 if TYPE_CHECKING:
     from jxfer.config import Experiment
@@ -20,48 +20,10 @@ if TYPE_CHECKING:
 DONE, BAD_INPUT, RUN_FAILED, INTERRUPTED, KILLED, BROKEN_PIPE = 0, 2, 3, 75, 130, 141
 """Exit statuses. An exception that is none of jxfer's own is a bug: it keeps its traceback and exits with 1."""
 
-SWITCHES = ("help", "json", "stablehlo")
+SWITCHES = ("help", "json", "stablehlo", "all")
 """Options without a value."""
 
 LISTS_OF = ("models", "datasets", "methods", "experiments")
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What follows the name of a command."""
-
-    line: str
-    """The whole command, as it is recorded with the results."""
-    operands: tuple[str, ...]
-    options: Mapping[str, str]
-    settings: tuple[str, ...]
-    """The options that are settings of the experiment, as `--FIELD.PATH=VALUE`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """What a command does and takes."""
-
-    call: Callable[[Arguments], int]
-    operands: str
-    summary: str
-    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Name -> value and help, of the options that are not settings."""
-
-    @property
-    def most_operands(self) -> int | float:
-        """How many operands it takes."""
-        return math.inf if "..." in self.operands else len(self.operands.split())
-
-    @property
-    def least_operands(self) -> int:
-        """How many operands it needs."""
-        return 0 if self.operands.startswith("[") else len(self.operands.split())
-
-    @property
-    def takes_settings(self) -> bool:
-        """Whether every setting of the experiment is an option too."""
-        return self.operands == "EXPERIMENT"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,6 +158,40 @@ def list_names(args: Arguments) -> int:
     return DONE
 
 
+def features_list(args: Arguments) -> int:
+    """Lists what is stored, and the limit."""
+    from jxfer import stored
+
+    del args
+    if table := stored.table():
+        _print_table(table)
+    print(stored.summary())
+    return DONE
+
+
+def features_rm(args: Arguments) -> int:
+    """Removes what is stored under some keys, or all."""
+    from jxfer import stored
+
+    for known in stored.pick(args.operands, every="all" in args.options):
+        stored.remove(known)
+        print(f"removed {known.key}: {known.num_bytes / 1e6:,.1f} MB")
+    return DONE
+
+
+def features_check(args: Arguments) -> int:
+    """Compares training on stored features with training online."""
+    from jxfer.equivalence import compare
+    from jxfer.session import open_session
+
+    experiment, failed = _experiment(args), False
+    with open_session() as session:
+        for comparison in compare(experiment, session):
+            print(comparison)
+            failed |= not comparison.ok
+    return RUN_FAILED if failed else DONE
+
+
 _OUT = {"out": "DIR       where results are kept (out/NAME); the same DIR again continues"}
 
 COMMANDS = {
@@ -233,13 +229,21 @@ COMMANDS = {
             "stablehlo": "          write the whole function too, for any batch size",
         },
     ),
-    "list": Command(list_names, f"[{'|'.join(LISTS_OF)}]", "list what can be named"),
+    "list": Command(list_names, "[WHAT]", f"list what can be named: {', '.join(LISTS_OF)}"),
+    "features list": Command(features_list, "", "list the stored features, the most recently used first"),
+    "features rm": Command(features_rm, "[KEY...]", "remove stored features", {"all": "          all of them"}),
+    "features check": Command(
+        features_check,
+        "EXPERIMENT",
+        "train some steps on stored features and online, and compare",
+        {"method": "NAME      this method alone"},
+    ),
 }
 
 
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(overview(COMMANDS))
         return DONE
     if argv[0] == "--version":
         print(_versions())
@@ -248,32 +252,38 @@ def _dispatch(argv: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from jxfer import paths
 
-    if argv[0] not in COMMANDS:
-        raise paths.unknown("command", argv[0], COMMANDS)
-    command = COMMANDS[argv[0]]
-    if {"-h", "--help"} & set(argv):
-        print(_command_help(argv[0], command))
+    group = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    asked = bool({"-h", "--help"} & set(argv))
+    name = " ".join(argv[:2]) if group else argv[0]
+    if asked and name in (*COMMANDS, f"{argv[0]} -h", f"{argv[0]} --help"):
+        print("\n\n".join(help_of(each, COMMANDS[each]) for each in ([name] if name in COMMANDS else group)))
         return DONE
-    return command.call(_arguments(argv, command))
+    if name not in COMMANDS:
+        raise paths.unknown("command", name, group or COMMANDS)
+    return COMMANDS[name].call(_arguments(name, argv, COMMANDS[name]))
 
 
-def _arguments(argv: list[str], command: Command) -> Arguments:
+def _arguments(name: str, argv: list[str], command: Command) -> Arguments:
     from jxfer import overrides, paths
     from jxfer.typing import InputError
 
     fields = overrides.settings() if command.takes_settings else {}
     known = [f"--{name}" for name in (*command.options, *fields)]
-    for name in (overrides.option_name(arg) for arg in argv if arg.startswith("--")):
-        if f"--{name}" not in known:
-            raise paths.unknown("option", f"--{name}", known)
-    operands, options = overrides.split_options(argv[1:], SWITCHES)
+    for option in (overrides.option_name(arg) for arg in argv if arg.startswith("--")):
+        if f"--{option}" not in known:
+            raise paths.unknown("option", f"--{option}", known)
+    operands, options = overrides.split_options(argv[len(name.split()) :], SWITCHES)
     if not command.least_operands <= len(operands) <= command.most_operands:
         surplus = len(operands) > command.most_operands
-        missing = command.operands.split()[min(len(operands), command.least_operands - 1)]
-        problem = f"unexpected argument `{operands[int(command.most_operands)]}`" if surplus else f"no {missing} given"
-        raise InputError(f"{problem}; usage: jxfer {argv[0]} {command.operands} [OPTIONS]")
-    own = {name: value for name, value in options.items() if name in command.options}
-    settings = tuple(f"--{name}={value}" for name, value in options.items() if name in fields)
+        words = command.operands.split()
+        problem = (
+            f"unexpected argument `{operands[int(command.most_operands)]}`"
+            if surplus
+            else f"no {words[min(len(operands), len(words) - 1)]} given"
+        )
+        raise InputError(f"{problem}; usage: {' '.join(['jxfer', name, command.operands]).strip()} [OPTIONS]")
+    own = {option: value for option, value in options.items() if option in command.options}
+    settings = tuple(f"--{option}={value}" for option, value in options.items() if option in fields)
     return Arguments(shlex.join(["jxfer", *argv]), tuple(operands), own, settings)
 
 
@@ -365,32 +375,6 @@ def _explain(error: Exception) -> int | None:
         print(f"jxfer: error: {error}", file=sys.stderr)
         return BAD_INPUT
     return None
-
-
-def _help() -> str:
-    rows = [f"  {f'{name} {command.operands}':<18}  {command.summary}" for name, command in COMMANDS.items()]
-    rows[-1] = f"  list [WHAT]         {COMMANDS['list'].summary}: {', '.join(LISTS_OF)}"
-    return "\n".join(
-        [
-            "usage: jxfer COMMAND ...     jxfer COMMAND --help     jxfer --version",
-            "",
-            *rows,
-            "",
-            "EXPERIMENT is a Python file that defines `experiment`, or its name in experiments/.",
-            "exit status: 0 done, 2 bad input, 3 a run failed, 75 stopped (the same command continues)",
-        ]
-    )
-
-
-def _command_help(name: str, command: Command) -> str:
-    lines = [f"usage: jxfer {name} {command.operands}{' [OPTIONS]' if command.options else ''}", "", command.summary]
-    if command.options:
-        lines += ["", *(f"  --{option:<8} {text}" for option, text in command.options.items())]
-    if command.takes_settings:
-        from jxfer import overrides
-
-        lines += ["", "and every setting of the experiment:", *overrides.settings_help()]
-    return "\n".join(lines)
 
 
 def _versions() -> str:

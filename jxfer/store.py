@@ -203,6 +203,15 @@ def list_keys() -> list[Known]:
     return sorted((_known(folder) for folder in folders), key=lambda known: -known.last_used)
 
 
+def names_of(key: str) -> set[str]:
+    """Returns the names of the rows of a key."""
+    found: set[str] = set()
+    for path in (root() / key).glob(f"*{SUFFIX}"):
+        with contextlib.suppress(ValueError):
+            found.update(open_chunk(path).names)
+    return found
+
+
 def remove(key: str) -> bool:
     """Removes a key unless a run uses it, and tells whether it did."""
     directory = root() / key

@@ -75,7 +75,7 @@ def test_help_lists_every_command(args, capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_help_of_a_command_lists_its_options(name, capsys):
-    assert main([name, "--help"]) == 0
+    assert main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert all(f"--{option} " in out for option in cli.COMMANDS[name].options)
     assert ("--train.learning_rate a number (0.001)" in out) == cli.COMMANDS[name].takes_settings
@@ -106,6 +106,13 @@ def test_the_version_names_what_it_runs_on(capsys):
         (["report", "nowhere"], "no directory `nowhere`"),
         (["report", "."], "no finished runs in ."),
         (["list", "model"], "unknown list `model`; nearest: `models`"),
+        (["features"], "unknown command `features`; nearest: `features rm`, `features list`"),
+        (["features", "lst"], "unknown command `features lst`; nearest: `features list`"),
+        (["features", "list", "all"], "unexpected argument `all`; usage: jxfer features list [OPTIONS]"),
+        (["features", "rm"], "name the KEY... to remove, as `jxfer features list` shows them, or give --all"),
+        (["features", "rm", "0123", "--all"], "or give --all, not both"),
+        (["features", "rm", "--al"], "unknown option `--al`; nearest: `--all`"),
+        (["features", "check", "trail.py"], "no experiment `trail.py`"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_status_2(trial, args, message, capsys):

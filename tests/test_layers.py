@@ -18,10 +18,10 @@ LAYERS = (
     ("methods",),
     ("state", "step"),
     ("cost", "planned", "checkpoint", "source", "pretrained", "plan", "evaluate", "logs", "loop"),
-    ("chunks", "store", "extract", "features", "phase"),
+    ("chunks", "store", "extract", "features", "stored", "phase", "equivalence"),
     ("run", "predict", "export", "directory", "ablate"),
     ("report",),
-    ("overrides", "progress", "session", "cli"),
+    ("overrides", "progress", "session", "commands", "cli"),
 )
 """An import may only point up, and within a row to the left."""
 
