@@ -11,6 +11,7 @@ import pytest
 
 from jxfer import report
 from jxfer.report.directory import read_directory
+from jxfer.report.latex import escape
 from jxfer.report.results import read_results
 from jxfer.typing import InputError
 
@@ -27,6 +28,8 @@ METHODS = (
 SHOTS = (1, 2, 5, 10, 20)
 EVIL = ('<b>"x"</b>', "a|b", "$\\frac$", "zwei`", "</script><script>alert(1)</script>", "&lt;")
 CLASSES = (*EVIL, "6", "7", "_8_", "9")
+FIGURES = ("accuracy", "cost", "curves", "curves_most", "settings", "settings_most", "reliability", "confusion")
+FIGURES += ("confusion_others", "depth", "examples")
 _BY_SHOTS = dict(zip((*SHOTS, None), (0.0, 0.07, 0.13, 0.17, 0.19, 0.2), strict=True))
 _BASE = dict(zip(METHODS, (0.68, 0.61, 0.755, 0.75, 0.74, 0.765, 0.72, 0.76), strict=True))
 
@@ -48,6 +51,11 @@ def write_fake(directory: Path, *, methods=METHODS, shots=SHOTS, seeds=5, fail=(
     versions = {"python": "3.11.9", "jax": "0.10.2", "device": "cpu × 2", "command": ["jxfer", "ablate", "<e>.py"]}
     (directory / "versions.json").write_text(json.dumps(versions))
     (directory / "plans.json").write_text(json.dumps([_plan(method) for method in methods]))
+    leaves = [{"path": "stem/kernel", "status": "loaded"}, {"path": "head/bias", "status": "re-initialised"}]
+    manifest = {"what": "hf:<i>x</i>", "naming": "torch", "coverage": 0.993, "used": 1.0, "leaves": leaves}
+    (directory / "manifest.json").write_text(json.dumps(manifest | {"tensors": [{"name": "a", "status": "used"}]}))
+    (directory / "source").mkdir(exist_ok=True)
+    (directory / "source" / "result.json").write_text(json.dumps({"metrics": {"accuracy": 0.875}}))
     _write_arrays(directory, rng, rows, num_test)
     return directory
 
@@ -64,13 +72,14 @@ def _row(rng: np.random.Generator, method: str, shots: int | None, seed: int, *,
         "target": "jxfer_digits",
         "model": "convnet",
         "method": method,
-        "variant": {"learning_rate": 0.001},
+        "variant": f"learning_rate={(0.001, 0.01)[seed % 2]}",
+        "variants": [] if method == "zero_shot" else [_variant(rate, accuracy) for rate in (0.001, 0.01, 0.1)],
         "shots": shots,
         "seed": seed,
         "status": "failed" if failed else "ok",
         "error": "loss is nan at step 37 <of 200>" if failed else None,
         "metrics": None if failed else {"accuracy": accuracy, "loss": 0.4},
-        "source_metrics": None,
+        "source_metrics": None if method in ("scratch", "lp_ft") else {"accuracy": 0.9 - accuracy / 9, "loss": 0.3},
         "params_total": 80_000,
         "params_trainable": trainable,
         "optimizer_bytes": 8 * trainable,
@@ -80,10 +89,23 @@ def _row(rng: np.random.Generator, method: str, shots: int | None, seed: int, *,
         "steps": 200,
         "seconds": 1.4 + trainable / 50_000,
         "config_hash": "0123456789abcdef",
+        "features": {"stored": method in ("linear_probe", "lp_ft"), "boundary": "head", "views": 1, "examples": 400}
+        | {"computed": 300, "reused": 100, "bytes": 51_200, "flops": 3e9},
+        "stages": [_stage(index, accuracy) for index in range(4)] if method == "linear_probe" else [],
+        "population": {"variants": 3, "parts": 1, "online": method != "linear_probe"},
         "subset_hash": f"{seed}{shots}".ljust(16, "f"),
         "weights_hash": None if method == "scratch" else "feedfacecafebeef",
         "audit": None if failed else {"frozen_unchanged": True, "trainable_moved": moved, "trainable_total": moved},
     }
+
+
+def _variant(rate: float, accuracy: float) -> dict[str, Any]:
+    loss = 4 * abs(np.log10(rate) + 2.2) / 100
+    return {"variant": f"learning_rate={rate}", "validation_metrics": {"accuracy": accuracy - loss, "loss": 0.5}}
+
+
+def _stage(index: int, accuracy: float) -> dict[str, Any]:
+    return {"stage": f"layer{index}", "validation_metrics": {"accuracy": accuracy - 0.1 * (3 - index)}}
 
 
 def _plan(method: str) -> dict[str, Any]:
@@ -120,9 +142,24 @@ def _write_arrays(directory: Path, rng: np.random.Generator, rows: list[dict[str
             run.mkdir(parents=True, exist_ok=True)
             right = rng.random(num_test) < row["metrics"]["accuracy"]
             said = np.where(right, labels, (labels + rng.choice([1, 3, 7], num_test)) % len(CLASSES))
-            logits = np.eye(len(CLASSES), dtype=np.float32)[said] * 4
-            np.savez(run / "predictions.npz", ids=ids, labels=labels, logits=logits)
+            logits = np.eye(len(CLASSES), dtype=np.float32)[said] * 4 + rng.normal(size=(num_test, len(CLASSES)))
+            arrays = {"ids": ids, "labels": labels, "logits": logits.astype(np.float32)}
+            if row["method"] != "partial":
+                arrays |= {"validation_labels": labels[:50], "validation_logits": arrays["logits"][:50] + 0.1}
+            np.savez(run / "predictions.npz", **arrays)
+            _write_log(run / "metrics.jsonl", row)
     np.savez(directory / "examples.npz", ids=ids[:64], images=images[:64])
+
+
+def _write_log(path: Path, row: dict[str, Any]) -> None:
+    """Looks at validation: two phases, in each of which steps start anew, and a torn last line."""
+    looks = [
+        {"step": step, "phase": phase, "variant": variant["variant"], "split": "validation"}
+        | {"accuracy": variant["validation_metrics"]["accuracy"] * (1 - 1 / (index + 2)), "loss": 1.0}
+        for variant in row["variants"]
+        for index, (phase, step) in enumerate((p, s) for p in ("probe", "tune") for s in (50, 100))
+    ]
+    path.write_text("".join(json.dumps(look) + "\n" for look in looks) + '{"step": 1')
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +191,7 @@ def test_markup_in_names_and_errors_stays_text(built: Path):
 
 def test_markdown_links_the_figures_that_exist(built: Path):
     linked = re.findall(r"\]\(([a-z_]+\.png)\)", (built / "report.md").read_text())
-    assert linked == ["accuracy.png", "cost.png", "confusion.png", "confusion_others.png", "examples.png"]
+    assert linked == [f"{name}.png" for name in FIGURES]
     assert all((built / name).stat().st_size > 2000 for name in linked)
     assert not list(built.glob(".*.tmp"))
 
@@ -164,16 +201,50 @@ def test_markdown_tables_have_as_many_cells_as_headings(built: Path):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
+def test_latex_tables_are_escaped_and_whole(built: Path):
+    text = (built / "tables.tex").read_text()
+    tables = text.split(r"\begin{table}")[1:]
+    assert len(tables) == 1 + len(SHOTS)
+    for table in tables:
+        rows = re.findall(r"^.* \\\\$", table, re.MULTILINE)
+        columns = len(re.search(r"\\begin\{tabular\}\{([lr]+)\}", table)[1])
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {columns - 1}
+        assert table.count("{") - table.count(r"\{") == table.count("}") - table.count(r"\}")
+    assert r"linear\_probe & " in text
+    assert not re.search(r"(?<!\\)[%#_]", text.split("\n", 1)[1])
+    assert text.isascii()
+
+
+def test_latex_prints_any_name_as_it_is():
+    assert escape("50% of $x_1$ & {y}\\^~") == (
+        r"50\% of \$x\_1\$ \& \{y\}\textbackslash{}\textasciicircum{}\textasciitilde{}"
+    )
+
+
+def test_what_runs_recorded_beside_accuracy_is_shown(built: Path):
+    text = (built / "report.md").read_text()
+    sections = dict(re.findall(r"^## (.*)\n\n((?:.|\n)*?)(?=^## |\Z)", text, re.MULTILINE))
+    assert "| before transfer | 87.5 |" in sections["Source after transfer"]
+    assert "| linear_probe | 5 |" in sections["Calibration"]
+    assert "| partial | 5 |" in sections["Calibration"]  # which kept no validation logits
+    assert "| 0.001 × 3, 0.01 × 2 |" in sections["Training"]
+    assert re.search(r"linear_probe \| 25 \| head \| 1 \| 400 \| 300 \| 100 \| 50 KiB \| 3 G", sections["Shared work"])
+    assert "| model | 99.30 | bytes that come from the file | 1 loaded, 1 re-initialised |" in sections["Checks"]
+    assert "&lt;i&gt;" in sections["Checks"]
+    assert "| zwei" in sections["Classes"]
+
+
 def test_failed_runs_are_listed_and_leave_the_means(built: Path):
     text = (built / "report.md").read_text()
     assert "1 of 200 runs failed" in text
-    assert re.search(r"\| lp_ft \| ≈ \d+\.\d ± \d+\.\d \(n = 4\)", text)
+    assert re.search(r"\| lp_ft \| (?:≈ )?\d+\.\d ± \d+\.\d \(n = 4\)", text)
 
 
-def test_building_again_gives_the_same_bytes(built: Path):
-    before = (built / "report.html").read_bytes()
-    report.build(built)
-    assert (built / "report.html").read_bytes() == before
+def test_building_again_gives_the_same_bytes(tmp_path: Path):
+    report.build(write_fake(tmp_path, methods=("linear_probe", "scratch"), shots=(5,), seeds=2))
+    before = (tmp_path / "report.html").read_bytes()
+    report.build(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
 
 
 def test_a_directory_without_runs_is_an_input_error(tmp_path: Path):
@@ -194,17 +265,17 @@ def test_all_failed_is_reported_as_such(tmp_path: Path):
 
 def test_only_results_are_needed(tmp_path: Path):
     write_fake(tmp_path, methods=("partial",), shots=(None,), seeds=1)
-    for path in [*tmp_path.rglob("*.npz"), *tmp_path.glob("*.json")]:
+    for path in [*tmp_path.rglob("*.npz"), *tmp_path.rglob("metrics.jsonl"), *tmp_path.glob("*.json")]:
         path.unlink()
     report.build(tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "With all labelled examples, partial reaches" in text
     assert "one seed, so no interval" in text
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["accuracy.png", "cost.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["accuracy.png", "cost.png", "settings.png"]
 
 
 def test_broken_predictions_are_counted_in_the_caption(tmp_path: Path):
-    write_fake(tmp_path, methods=("scratch", "partial"), shots=(1, None), seeds=2)
+    write_fake(tmp_path, methods=("partial",), shots=(None,), seeds=2)
     (tmp_path / "runs/partial-shotsall-seed1/predictions.npz").write_bytes(b"PK torn")
     report.build(tmp_path)
     assert "summed over 1 run; predictions of 1 missing" in (tmp_path / "report.md").read_text()

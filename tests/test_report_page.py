@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_report import METHODS, write_fake
+from test_report import FIGURES, METHODS, write_fake
 
 from jxfer import report
 
@@ -20,6 +20,7 @@ _FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--enable-logging=stderr",
+    "--hide-scrollbars",
     "--virtual-time-budget=2000",
     "--dump-dom",
 )
@@ -32,14 +33,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "report.html"
 
 
-def _render(page: Path, profile: Path) -> tuple[str, list[str]]:
+def _render(page: Path, profile: Path, *flags: str) -> tuple[str, list[str]]:
     """The DOM after scripts ran, and what the console said."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium here; install the package `chromium` to render the page")
-    command = [browser, *_FLAGS, f"--user-data-dir={profile}", page.as_uri()]
+    command = [browser, *_FLAGS, *flags, f"--user-data-dir={profile}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout.replace("<wbr>", ""), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def test_the_page_renders_without_complaint(page: Path, tmp_path: Path):
@@ -47,16 +48,36 @@ def test_the_page_renders_without_complaint(page: Path, tmp_path: Path):
     assert console == []
     assert all(re.search(rf"<td[^>]*>{method}</td>", dom) for method in METHODS)
     assert 'aria-sort="none"' in dom  # the page's own script passed its policy and ran
-    assert dom.count("<svg") == 8
+    assert dom.count("<svg") == 2 * (len(FIGURES) - 1)  # examples are cards
     assert "&lt;b&gt;" in dom
     assert "<b>&lt;b&gt;" in dom or "<b>a|b</b>" in dom
 
 
-def test_a_click_on_a_heading_sorts_by_number(page: Path, tmp_path: Path):
+def _with_script(page: Path, copy: Path, script: str) -> Path:
+    """A copy of the page without its policy, with a script of ours at its end."""
     html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    copy.write_text(html.replace("</body>", f"<script>{script}</script></body>"))
+    return copy
+
+
+DARK, LIGHT = (0, "rgb(20, 23, 27)"), (1, "rgb(255, 255, 255)")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, DARK), (1200, LIGHT)], ids=["phone, dark", "wide, light"])
+def test_the_page_fits_its_window(page: Path, tmp_path: Path, width: int, scheme: tuple[int, str]):
+    preferred, background = scheme
+    open_all = "document.querySelectorAll('details').forEach(fold => fold.open = true);"
+    sizes = "[innerWidth, document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor]"
+    copy = _with_script(page, tmp_path / "copy.html", f"{open_all} document.title = {sizes}.join('/')")
+    flags = (f"--window-size={width},800", f"--blink-settings=preferredColorScheme={preferred}")
+    dom, console = _render(copy, tmp_path / "profile", *flags)
+    assert console == []
+    assert re.search(r"<title>(.*?)</title>", dom)[1] == f"{width}/{width}/{background}"
+
+
+def test_a_click_on_a_heading_sorts_by_number(page: Path, tmp_path: Path):
     click = "document.querySelector('.scroll:not(details *) th:nth-child(2)').click()"
-    copy = tmp_path / "clicked.html"
-    copy.write_text(html.replace("</body>", f"<script>{click}</script></body>"))
+    copy = _with_script(page, tmp_path / "clicked.html", click)
     dom, console = _render(copy, tmp_path / "profile")
     assert console == []
     table = next(t for t in re.findall(r"<table>.*?</table>", dom, re.DOTALL) if 'aria-sort="ascending"' in t)
@@ -74,6 +95,6 @@ def test_a_script_that_came_in_with_the_data_would_not_run(page: Path, tmp_path:
 
 
 def test_without_scripts_every_row_is_there(page: Path):
-    html = re.sub(r"<script>.*?</script>", "", page.read_text(), flags=re.DOTALL)
+    html = re.sub(r"<script>.*?</script>|<wbr>", "", page.read_text(), flags=re.DOTALL)
     assert all(f"<td>{method}</td>" in html for method in METHODS)
     assert "<noscript" not in html

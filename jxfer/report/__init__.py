@@ -1,4 +1,4 @@
-"""Turns an ablation's directory into `report.html`, `report.md` and figures, and its results into a terminal table."""
+"""Turns an ablation's directory into a page, Markdown, LaTeX tables and figures, and its rows into a terminal table."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,16 +6,17 @@ from pathlib import Path
 from jxfer.report.comparisons import Comparisons
 from jxfer.report.directory import read_directory
 from jxfer.report.document import Block, Document, Figure, Fold, Gallery
+from jxfer.report.latex import latex
 from jxfer.report.markdown import markdown
 from jxfer.report.page import html
-from jxfer.report.sections import document
+from jxfer.report.sections import document, paper_tables
 from jxfer.report.tables import summary_table
 
 __all__ = ["build", "summary_table"]
 
 
 def build(directory: Path) -> Comparisons:
-    """Writes `report.html`, `report.md` and their `*.png` into `directory`, each whole or not at all.
+    """Writes `report.html`, `report.md`, `tables.tex` and `*.png` into `directory`, each whole or not at all.
 
     Returns how the methods compare, which `summary_table` marks.
 
@@ -27,6 +28,7 @@ def build(directory: Path) -> Comparisons:
     for name, png in _pngs(report):
         _write(directory / f"{name}.png", png)
     _write(directory / "report.md", markdown(report).encode())
+    _write(directory / "tables.tex", latex(paper_tables(material)).encode())
     _write(directory / "report.html", html(report).encode())
     return material.comparisons
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jxfer.report.comparisons import Comparisons, compare_methods
 from jxfer.report.predictions import Predictions, read_arrays, read_predictions
-from jxfer.report.results import Results, Row, Run, collect, read_results
+from jxfer.report.results import METRIC, Results, Row, Run, collect, read_results
 from jxfer.typing import InputError
 
 
@@ -38,6 +38,8 @@ class Material:
     """What came out of a file of published weights; empty where the source was pre-trained here."""
     predictions: Mapping[Run, Predictions]
     comparisons: Comparisons
+    source_accuracy: float | None
+    """Of the source model on the source's test split, before any transfer."""
     source_validation: Row | None
     """Last look at the validation split in pre-training, from `source/metrics.jsonl`."""
 
@@ -75,6 +77,7 @@ def read_directory(directory: Path) -> Material:
         manifest=_read_json(directory / "manifest.json", {}),
         predictions=predictions,
         comparisons=compare_methods(results, predictions),
+        source_accuracy=(_read_json(directory / "source" / "result.json", {}).get("metrics") or {}).get(METRIC),
         source_validation=_best_validation(directory / "source" / "metrics.jsonl"),
     )
 

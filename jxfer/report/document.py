@@ -134,6 +134,12 @@ def percent(summary: Summary | None, tone: Tone = "") -> Cell:
     return Cell(percent_text(summary), summary.mean, tone)
 
 
+def plus_minus(summary: Summary, *, digits: int) -> Cell:
+    """A mean with its half-width, as it is."""
+    spread = "" if summary.half_width is None else f" ± {summary.half_width:.{digits}f}"
+    return Cell(f"{summary.mean:.{digits}f}{spread}", summary.mean)
+
+
 def percent_text(summary: Summary) -> str:
     """`75.3 ± 1.2`, or `75.3` where one seed gives no interval."""
     spread = "" if summary.half_width is None else f" ± {100 * summary.half_width:.1f}"

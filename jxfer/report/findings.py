@@ -86,7 +86,7 @@ def best_table(results: Results, comparisons: Comparisons, baselines: tuple[str,
         for shots in results.shots
         if (entries := ranking(results, shots))
     ]
-    header = ("Per class", "Best", "Accuracy\u00a0%", "n", "Runner-up", "Accuracy\u00a0%", "Against runner-up")
+    header = ("Per class", "Best", "Accuracy\u00a0%", "n", "Runner-up", "Against runner-up")
     return Table(
         (*header, "Against scratch") if baselines else header,
         tuple(row if baselines else row[:-1] for row in rows),
@@ -120,7 +120,6 @@ def _best_row(
         percent(best.summary),
         Cell(str(best.summary.n), best.summary.n),
         Cell(second.method) if second else Cell("–", tone="muted"),
-        percent(second.summary if second else None),
         _verdict_cell(best, second, comparisons, shots),
         _verdict_cell(best, reference, comparisons, shots),
     )

@@ -8,7 +8,7 @@ from html import escape
 from jxfer.report.document import Block, Card, Cell, Code, Document, Figure, Fold, Gallery, Section, Table, Text
 from jxfer.report.theme import SCRIPT, css
 
-_LONG = 48
+_LONG = 36
 """Characters from which a cell may break into lines."""
 
 
@@ -90,7 +90,7 @@ def _table(table: Table) -> str:
 def _cell(cell: Cell, right: bool) -> str:
     classes = " ".join(filter(None, ("num" * right, cell.tone, "long" * (len(cell.text) > _LONG))))
     value = "" if cell.value is None else f' data-value="{cell.value if math.isfinite(cell.value) else 1e300}"'
-    return f"<td{_class(classes)}{value}>{escape(cell.text)}</td>"
+    return f"<td{_class(classes)}{value}>{_breakable(cell.text)}</td>"
 
 
 def _is_numeric(table: Table, column: int) -> bool:

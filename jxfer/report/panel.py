@@ -1,10 +1,11 @@
 """What the figures of accuracy share: points with intervals, the accuracy axis, the legend."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from jxfer.report.results import METRIC, Summary
-from jxfer.report.style import INK, Look, shorten
+from jxfer.report.style import INK, NARROW_BELOW, Look, shorten
 
 Points: TypeAlias = list[tuple[float, Summary]]
 """Where on the horizontal axis, and the accuracy there."""
@@ -35,6 +36,23 @@ def finish_axes(axes: Any) -> None:
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.tick_params(length=3)
+
+
+def small_multiples(width: float, count: int) -> tuple[Any, list[Any]]:
+    """A figure `width` inches wide with `count` axes that share their scales, four in a row, two if it is narrow."""
+    from matplotlib.figure import Figure as Canvas
+
+    columns = max(1, min(count, 2 if width < NARROW_BELOW else 4))
+    rows = math.ceil(count / columns)
+    figure = Canvas(figsize=(width, 1.75 * rows + 0.35), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for index, axes in enumerate(panels):
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.tick_params(length=3, labelbottom=index + columns >= count, labelleft=index % columns == 0)
+        if index >= count:
+            axes.set_axis_off()
+    return figure, panels[:count]
 
 
 def legend_below(figure: Any, looks: Mapping[str, Look], width: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jxfer.report.results import Results, Run, run_of
+from jxfer.report.results import Results, Run, run_name, run_of
 from jxfer.report.statistics import confidence_of, fit_temperature, negative_log_likelihood
 
 
@@ -44,11 +44,10 @@ def read_predictions(directory: Path, results: Results) -> dict[Run, Predictions
     found: dict[Run, Predictions] = {}
     known: list[np.ndarray] = []
     for row in results.rows:
-        method, shots, seed = run_of(row)
-        name = f"{method}-shots{'all' if shots is None else shots}-seed{seed}"
-        arrays = read_arrays(directory / "runs" / name / "predictions.npz") if row["status"] == "ok" else {}
+        path = directory / "runs" / run_name(run_of(row)) / "predictions.npz"
+        arrays = read_arrays(path) if row["status"] == "ok" else {}
         if _is_whole(arrays):
-            found[method, shots, seed] = _predictions(arrays, ids=_shared(arrays["ids"], known))
+            found[run_of(row)] = _predictions(arrays, ids=_shared(arrays["ids"], known))
     return found
 
 

@@ -109,9 +109,21 @@ def mean_of(rows: Iterable[Row], field: str) -> float | None:
     return float(np.mean(values, dtype=np.float64)) if values else None
 
 
+def extremes(results: Results) -> tuple[Shots, ...]:
+    """The fewest and the most shots that have a result: one or two."""
+    found = [shots for shots in results.shots if any((m, shots) in results.accuracy for m in results.methods)]
+    return tuple(dict.fromkeys((*found[:1], *found[-1:])))
+
+
 def run_of(row: Row) -> Run:
     """Which run a row is of."""
     return row["method"], row["shots"], row["seed"]
+
+
+def run_name(run: Run) -> str:
+    """The folder of a run."""
+    method, shots, seed = run
+    return f"{method}-shots{'all' if shots is None else shots}-seed{seed}"
 
 
 def _shots_order(shots: Shots) -> float:

@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jxfer.report import costs, curves, pictures, style, tables
+from jxfer.report import breakdown, calibration, costs, curves, details, pictures, style, tables, training
 from jxfer.report.confusions import confusions, shown_examples
 from jxfer.report.directory import Material
-from jxfer.report.document import Block, Document, Fold, Section, Text, number, size
+from jxfer.report.document import Block, Document, Fold, Section, Table, Text, number, size
 from jxfer.report.document import Code as CodeBlock
-from jxfer.report.findings import best_table, certainty, headline, shots_text
+from jxfer.report.findings import best_table, certainty, headline, methods_text, shots_name, shots_text
+from jxfer.report.results import extremes
 
 
 def document(material: Material) -> Document:
@@ -22,6 +23,17 @@ def document(material: Material) -> Document:
         certainty=certainty(material.results, material.comparisons, material.baselines),
         sections=tuple(sections),
     )
+
+
+def paper_tables(material: Material) -> list[tuple[str, str, Table]]:
+    """Label, caption and table of what goes into a paper: accuracy, and the comparisons at each number of shots."""
+    results, comparisons = material.results, material.comparisons
+    found = [("accuracy", "", tables.accuracy_table(results, comparisons))]
+    for shots in results.shots:
+        if pairs := comparisons.at(shots):
+            caption = f"With {shots_text(shots)}. {methods_text(pairs, len(pairs))}"
+            found.append((f"pairs-{shots_name(shots)}", caption, details.comparison_table(comparisons, shots)))
+    return found
 
 
 def _accuracy(material: Material) -> tuple[Block, ...]:
@@ -37,6 +49,23 @@ def _accuracy(material: Material) -> tuple[Block, ...]:
     )
 
 
+def _comparisons(material: Material) -> tuple[Block, ...]:
+    comparisons = material.comparisons
+    tested = [shots for shots in reversed(material.results.shots) if comparisons.at(shots)]
+    if not tested:
+        return ()
+    pairs = [pair for shots in tested for pair in comparisons.at(shots)]
+    text = methods_text(pairs, max(len(comparisons.at(shots)) for shots in tested))
+    tables_ = [(shots, details.comparison_table(comparisons, shots)) for shots in tested]
+    first, *others = tables_
+    return (
+        Text(f"{text} Below each interval stands on its own, p before and after correction."),
+        Text(f"With {shots_text(first[0])}", tone="best"),
+        first[1],
+        *(Fold(f"With {shots_text(shots)}", (table,)) for shots, table in others),
+    )
+
+
 def _cost(material: Material) -> tuple[Block, ...]:
     results = material.results
     if not results.accuracy:
@@ -45,6 +74,57 @@ def _cost(material: Material) -> tuple[Block, ...]:
     shots = next(s for s in reversed(results.shots) if any((m, s) in results.accuracy for m in results.methods))
     text = Text(f"With {shots_text(shots)}, means over seeds.")
     return (*((figure,) if figure else ()), text, tables.cost_table(results, shots))
+
+
+def _training(material: Material) -> tuple[Block, ...]:
+    looks = style.looks(material.results.methods, material.baselines)
+    blocks: list[Block] = []
+    for name, shots in zip(("curves", "curves_most"), extremes(material.results), strict=False):
+        if curves := training.learning_curves(material, shots):
+            blocks.append(training.curves_figure(shots, curves, looks, name=name))
+    if choices := training.choices_table(material.results):
+        blocks += [Text("What the search chose", tone="best"), choices]
+    for name, shots in zip(("settings", "settings_most"), extremes(material.results), strict=False):
+        if figure := training.settings_figure(material.results, shots, looks, name=name):
+            blocks.append(figure)
+    return tuple(blocks)
+
+
+def _calibration(material: Material) -> tuple[Block, ...]:
+    for shots in reversed(material.results.shots):
+        if said := calibration.predictions_of(material, shots):
+            looks = style.looks(material.results.methods, material.baselines)
+            figure = calibration.reliability_figure(said, shots, looks)
+            return (Text(f"With {shots_text(shots)}."), calibration.calibration_table(said), figure)
+    return ()
+
+
+def _classes(material: Material) -> tuple[Block, ...]:
+    for shots in reversed(material.results.shots):
+        if said := calibration.predictions_of(material, shots):
+            return (breakdown.class_table(material, said, shots),)
+    return ()
+
+
+def _depth(material: Material) -> tuple[Block, ...]:
+    looks = style.looks(material.results.methods, material.baselines)
+    for shots in reversed(material.results.shots):
+        if figure := breakdown.depth_figure(material.results, shots, looks):
+            return (figure,)
+    return ()
+
+
+def _source(material: Material) -> tuple[Block, ...]:
+    table = details.source_table(material)
+    return (table,) if table else ()
+
+
+def _sharing(material: Material) -> tuple[Block, ...]:
+    stored, together = details.features_table(material.results), details.population_table(material.results)
+    blocks: list[Block] = [Text("Features stored at the frozen boundary", tone="best"), stored] if stored else []
+    if together:
+        blocks += [Text("Settings of the search that trained together", tone="best"), together]
+    return tuple(blocks)
 
 
 def _confusion(material: Material) -> tuple[Block, ...]:
@@ -89,13 +169,15 @@ def _phase_text(phase: dict[str, Any]) -> str:
 def _checks(material: Material) -> tuple[Block, ...]:
     audit = tables.audit_table(material.results)
     subsets = Text(_subset_text(material))
+    weights = details.weights_table(material.manifest)
+    loaded: tuple[Block, ...] = (Text("Weights loaded", tone="best"), weights) if weights else ()
     if not audit.rows:
-        return (subsets,)
+        return (subsets, *loaded)
     intro = Text(
         "At the end of every phase each run checks that frozen parameters and statistics are bit-identical to the "
         "start and that every trainable leaf moved; a run that fails this is a failed run."
     )
-    return (intro, audit, subsets)
+    return (intro, audit, subsets, *loaded)
 
 
 def _subset_text(material: Material) -> str:
@@ -153,11 +235,18 @@ def _subtitle(material: Material) -> str:
 
 _SECTIONS: tuple[tuple[str, Callable[[Material], tuple[Block, ...]]], ...] = (
     ("Accuracy", _accuracy),
+    ("Comparisons", _comparisons),
     ("Failed runs", _failed),
     ("Cost", _cost),
+    ("Training", _training),
+    ("Calibration", _calibration),
+    ("Classes", _classes),
     ("Confusion", _confusion),
+    ("Depth", _depth),
+    ("Source after transfer", _source),
     ("Example predictions", _examples),
     ("What trains", _partitions),
+    ("Shared work", _sharing),
     ("Checks", _checks),
     ("What was run", _what_was_run),
 )

@@ -33,7 +33,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .32rem .6rem; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--muted); vertical-align: bottom; line-height: 1.25; }
 td { white-space: nowrap; }
-td.long { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
+td.long { white-space: normal; min-width: 12rem; overflow-wrap: anywhere; }
 .num { text-align: right; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--back); padding-left: 0; }
 tbody tr:hover td { background: var(--raised); }
@@ -57,6 +57,8 @@ pre { background: var(--raised); padding: .75rem 1rem; border-radius: 6px; overf
 @media (max-width: 40rem) {
   main { padding: 1.25rem 1rem 3rem; }
   .wide { display: none; } .narrow { display: block; }
+  td:first-child, td:nth-child(2):not(.num) { white-space: normal; min-width: 5.5rem; }
+  th, td { padding: .32rem .4rem; }
   .cards { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
 }
 @media print { details > * { display: block; } nav { display: none; } }
