@@ -68,9 +68,13 @@ def test_the_page_fits_its_window(page: Path, tmp_path: Path, width: int, scheme
     preferred, background = scheme
     open_all = "document.querySelectorAll('details').forEach(fold => fold.open = true);"
     sizes = "[innerWidth, document.documentElement.scrollWidth, getComputedStyle(document.body).backgroundColor]"
-    copy = _with_script(page, tmp_path / "copy.html", f"{open_all} document.title = {sizes}.join('/')")
-    flags = (f"--window-size={width},800", f"--blink-settings=preferredColorScheme={preferred}")
-    dom, console = _render(copy, tmp_path / "profile", *flags)
+    _with_script(page, tmp_path / "inner.html", f"{open_all} parent.postMessage({sizes}.join('/'), '*')")
+    # A window has at least 500 pixels here, a frame any number.
+    frame = f'<iframe src="inner.html" width="{width}" height="800"></iframe>'
+    listen = "<script>addEventListener('message', event => document.title = event.data)</script>"
+    (tmp_path / "outer.html").write_text(f'<html style="color-scheme: light dark"><body>{frame}{listen}</body></html>')
+    flag = f"--blink-settings=preferredColorScheme={preferred}"
+    dom, console = _render(tmp_path / "outer.html", tmp_path / "profile", flag)
     assert console == []
     assert re.search(r"<title>(.*?)</title>", dom)[1] == f"{width}/{width}/{background}"
 
