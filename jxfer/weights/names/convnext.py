@@ -1,6 +1,7 @@
 """The names under which timm, torchvision and transformers publish ConvNeXt."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,16 +47,16 @@ def _torchvision(config: ConvNeXtConfig) -> tuple[Rule, ...]:
     return (*rules, *norm("classifier.0", "norm"), *linear("classifier.2", "head", optional=True))
 
 
-def _transformers(config: ConvNeXtConfig) -> tuple[Rule, ...]:
-    embed = "convnext.embeddings"
+def _transformers(config: ConvNeXtConfig, *, before: str) -> tuple[Rule, ...]:
+    embed = f"{before}embeddings"
     rules = [*conv(f"{embed}.patch_embeddings", "stem/conv"), *norm(f"{embed}.layernorm", "stem/norm")]
     for stage in range(len(config.num_blocks)):
-        prefix = f"convnext.encoder.stages.{stage}"
+        prefix = f"{before}encoder.stages.{stage}"
         rules += _downsample(f"{prefix}.downsampling_layer", stage)
         theirs, ours = f"{prefix}.layers.{{i}}", f"layer{stage + 1}/{{i}}"
         rules += _block(theirs, ours, ("dwconv", "layernorm", "pwconv1", "pwconv2"))
         rules.append(Rule(f"{theirs}.layer_scale_parameter", f"{ours}/scale/scale"))
-    return (*rules, *norm("convnext.layernorm", "norm"), *linear("classifier", "head", optional=True))
+    return (*rules, *norm(f"{before}layernorm", "norm"), *linear("classifier", "head", optional=True))
 
 
 def _downsample(theirs: str, stage: int) -> tuple[Rule, ...]:
@@ -126,15 +127,23 @@ def _write_timm(size: ConvNeXtConfig, classes: tuple[str, ...], input_shape: tup
 
 _BICUBIC = {**IMAGENET, "resample": "bicubic"}
 
-NAMINGS = (
-    Naming("timm", _timm, preprocessing=_BICUBIC, read_config=_read_timm, write_config=_write_timm),
-    Naming("torchvision", _torchvision, preprocessing={**IMAGENET, "crop_fraction": 0.95}),
-    Naming(
-        "transformers",
-        _transformers,
+
+def _transformers_naming(name: str, *, before: str) -> Naming:
+    return Naming(
+        name,
+        functools.partial(_transformers, before=before),
         preprocessing=_BICUBIC,
         read_config=_read_transformers,
         write_config=_write_transformers,
-    ),
+    )
+
+
+NAMINGS = (
+    Naming("timm", _timm, preprocessing=_BICUBIC, read_config=_read_timm, write_config=_write_timm),
+    Naming("torchvision", _torchvision, preprocessing={**IMAGENET, "crop_fraction": 0.95}),
+    _transformers_naming("transformers", before="convnext."),
+    _transformers_naming("transformers-encoder", before=""),
 )
-"""torchvision's ConvNeXts were each evaluated on images of their own size before the crop, of 0.95 to 0.97 of it."""
+"""transformers leaves the network's name out where there is no head.
+
+torchvision's ConvNeXts were each evaluated on images of their own size before the crop, of 0.95 to 0.97 of it."""

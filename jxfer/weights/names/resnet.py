@@ -1,5 +1,6 @@
 """Names of the residual networks' published weights."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,10 +26,10 @@ def _torchvision(config: ResNetConfig) -> tuple[Rule, ...]:
     return (*rules, *linear("fc", "head"))
 
 
-def _transformers(config: ResNetConfig) -> tuple[Rule, ...]:
-    rules = _layer("resnet.embedder.embedder", "stem/conv", "stem/bn")
+def _transformers(config: ResNetConfig, *, before: str) -> tuple[Rule, ...]:
+    rules = _layer(f"{before}embedder.embedder", "stem/conv", "stem/bn")
     for stage in range(len(config.num_blocks)):
-        theirs, ours = f"resnet.encoder.stages.{stage}.layers.{{i}}", f"layer{stage + 1}/{{i}}"
+        theirs, ours = f"{before}encoder.stages.{stage}.layers.{{i}}", f"layer{stage + 1}/{{i}}"
         for k in range(_convs(config)):
             rules += _layer(f"{theirs}.layer.{k}", f"{ours}/conv{k + 1}", f"{ours}/bn{k + 1}")
         if stage > 0 or config.expansion > 1:  # the first layer of basic blocks changes no shape
@@ -94,16 +95,21 @@ def _check_stem(size: ResNetConfig, publisher: str) -> None:
         raise InputError(f"{publisher} has no ResNet with the stem for small images; export torchvision's names")
 
 
-NAMINGS = (
-    Naming("torchvision", rules=_torchvision, ignored=(COUNTERS,), preprocessing=IMAGENET),
-    Naming(
-        "transformers",
-        rules=_transformers,
+def _transformers_naming(name: str, *, before: str) -> Naming:
+    """`before` is what transformers puts before all names but the head's; nothing where there is no head."""
+    return Naming(
+        name,
+        rules=functools.partial(_transformers, before=before),
         ignored=(COUNTERS,),
         preprocessing={**IMAGENET, "resample": "bicubic"},
         read_config=_read_transformers,
         write_config=_write_transformers,
-    ),
+    )
+
+
+NAMINGS = (
+    Naming("torchvision", rules=_torchvision, ignored=(COUNTERS,), preprocessing=IMAGENET),
+    _transformers_naming("transformers", before="resnet."),
     Naming(
         "timm",
         rules=_torchvision,
@@ -112,4 +118,5 @@ NAMINGS = (
         read_config=_read_timm,
         write_config=_write_timm,
     ),
+    _transformers_naming("transformers-encoder", before=""),
 )
