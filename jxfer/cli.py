@@ -107,19 +107,14 @@ def report(args: Arguments) -> int:
 
 def predict(args: Arguments) -> int:
     """Says what a finished run takes files, folders or lines of text for."""
-    from jxfer.predict import predict
+    from jxfer.predict import predict, print_json, print_table
     from jxfer.source import load_run
 
-    run, *inputs = args.operands
+    directory, *inputs = args.operands
     _prepare_jax()
-    failed = 0
-    for prediction in predict(load_run(Path(run)), inputs):
-        failed += prediction.error is not None
-        if "json" in args.options:
-            print(json.dumps(prediction.to_json()), flush=True)
-        else:
-            print(prediction, file=sys.stderr if prediction.error else sys.stdout)
-    if failed:
+    run = load_run(Path(directory))
+    show = print_json if "json" in args.options else print_table
+    if failed := show(predict(run, inputs), run.classes):
         print(f"jxfer: inputs that could not be read: {failed}", file=sys.stderr)
     return BAD_INPUT if failed else DONE
 

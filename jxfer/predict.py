@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from jxfer.typing import InputError
 
 BATCH_SIZE = 64
 
+MOST_COLUMNS = 32
+"""Of a class's name in a table; longer names push their row to the right."""
+
 STANDARD_INPUT = "-"
 """The operand that stands for texts on standard input, one a line."""
 
@@ -34,13 +39,6 @@ class Prediction:
     """Class -> probability, the largest first."""
     error: str | None = None
 
-    def __str__(self) -> str:
-        if self.error is not None:
-            return f"{self.input}: cannot be read: {self.error}"
-        others = [f"{name} {probability:.1%}" for name, probability in list(self.probabilities.items())[1:3]]
-        also = f"  ({', '.join(others)})" if others else ""
-        return f"{self.label:16} {self.probabilities[self.label or '']:6.1%}  {self.input}{also}"
-
     def to_json(self) -> dict[str, Any]:
         """Returns the line that `jxfer predict --json` prints."""
         if self.error is not None:
@@ -49,7 +47,7 @@ class Prediction:
 
 
 def predict(run: FinishedRun, inputs: Sequence[str]) -> Iterator[Prediction]:
-    """Yields a prediction for each file, those of folders in the order of their names, batch by batch.
+    """Returns an iterator of a prediction for each file, those of folders in the order of their names, made in batches.
 
     Args:
       run: the finished run.
@@ -60,8 +58,32 @@ def predict(run: FinishedRun, inputs: Sequence[str]) -> Iterator[Prediction]:
     """
     sources = [source for name in inputs for source in _sources(name, run)]
     logits_of = classifier(run)
-    for start in range(0, len(sources), BATCH_SIZE):
-        yield from _predict_batch(run, sources[start : start + BATCH_SIZE], logits_of)
+    batches = (sources[start : start + BATCH_SIZE] for start in range(0, len(sources), BATCH_SIZE))
+    return itertools.chain.from_iterable(_predict_batch(run, batch, logits_of) for batch in batches)
+
+
+def print_table(predictions: Iterable[Prediction], classes: Sequence[str]) -> int:
+    """Prints a row for each prediction, on stderr why an input has none, and returns how many have none."""
+    failed = 0
+    for index, prediction in enumerate(predictions):
+        if index == 0:
+            print(_line(("class", "share", "next", "input"), classes))
+        if prediction.error is None:
+            print(_row(prediction, classes))
+            continue
+        failed += 1
+        print(f"{prediction.input}: cannot be read: {prediction.error}", file=sys.stderr)
+    return failed
+
+
+def print_json(predictions: Iterable[Prediction], classes: Sequence[str]) -> int:
+    """Prints a JSON object for each input and returns how many could not be read."""
+    del classes
+    failed = 0
+    for prediction in predictions:
+        print(json.dumps(prediction.to_json()), flush=True)
+        failed += prediction.error is not None
+    return failed
 
 
 def classifier(run: FinishedRun) -> Callable[[np.ndarray], np.ndarray]:
@@ -93,6 +115,8 @@ def _sources(name: str, run: FinishedRun) -> list[_Source]:
         lines = [line.rstrip("\n") for line in sys.stdin]
         return [_Source(line, functools.partial(_encode, line, run)) for line in lines]
     path = Path(name).expanduser()
+    if name == STANDARD_INPUT and not path.exists():
+        raise InputError(f"`-` reads texts, and `{run.model.name}` reads {run.input}; give files or folders")
     if not path.exists():
         hint = "; texts are read from files, or with `-` from standard input" if run.input == "text" else ""
         raise InputError(f"no file or folder '{name}' to predict{hint}")
@@ -100,6 +124,17 @@ def _sources(name: str, run: FinishedRun) -> list[_Source]:
     if not files:
         raise InputError(f"folder '{name}' has no files to predict")
     return [_Source(str(file), functools.partial(_read, file, run)) for file in files]
+
+
+def _row(prediction: Prediction, classes: Sequence[str]) -> str:
+    first, *others = [(name, f"{share:.1%}") for name, share in prediction.probabilities.items()]
+    return _line((*first, " ".join(others[0]) if others else "", prediction.input), classes)
+
+
+def _line(cells: tuple[str, str, str, str], classes: Sequence[str]) -> str:
+    width = min(MOST_COLUMNS, max(map(len, ("class", *classes))))
+    label, share, following, name = cells
+    return f"{label:{width}}  {share:>6}  {following:{width + len(' 50.0%')}}  {name}"
 
 
 def _visible_file(file: Path, root: Path) -> bool:
