@@ -19,10 +19,11 @@ from jxfer.directory import (
     versions,
     write_json,
 )
+from jxfer.known import resolve
 from jxfer.loop import Session
 from jxfer.plan import Task, load_data, plan_method, task_between, task_of
 from jxfer.run import Job, run
-from jxfer.source import Source, load_source, read_source, resolve
+from jxfer.source import Source, load_source, read_source
 from jxfer.typing import InputError, InterruptedRun
 
 

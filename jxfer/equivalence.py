@@ -13,6 +13,7 @@ from flax import nnx
 from jxfer import data
 from jxfer.config import AugmentConfig, Experiment, Method
 from jxfer.evaluate import evaluate
+from jxfer.known import resolve
 from jxfer.loop import Session
 from jxfer.phase import EVAL_BATCH_SIZE, Context, Splits, store_features
 from jxfer.plan import (
@@ -27,7 +28,7 @@ from jxfer.plan import (
     task_of,
 )
 from jxfer.sharding import make_mesh, num_batch_shards, pad_batch, put_batch
-from jxfer.source import read_source, resolve
+from jxfer.source import read_source
 from jxfer.state import place_state
 from jxfer.typing import Arrays
 

@@ -14,17 +14,14 @@ import numpy as np
 from flax import nnx
 
 from jxfer import data, models, paths
-from jxfer.config import to_dict
+from jxfer.config import PREPROCESSING, to_dict
 from jxfer.partition import eval_graphdef
 from jxfer.source import FinishedRun
 from jxfer.step import from_input
 from jxfer.typing import InputError
-from jxfer.weights.names import namings_of
+from jxfer.weights.names import OWN, namings_of
 from jxfer.weights.naming import Naming
 from jxfer.weights.save import export_tensors, write_safetensors
-
-OWN = "jxfer"
-"""The naming of our own paths, with dots, for networks and heads that nobody else has a name for."""
 
 CONFIG, PREPROCESSOR, CARD, HLO = "config.json", "preprocessor_config.json", "README.md", "model.stablehlo"
 
@@ -77,9 +74,9 @@ def _naming(run: FinishedRun, size: Any, names: str | None) -> Naming | None:
 
 def _tensors(run: FinishedRun, size: Any, naming: Naming | None) -> dict[str, np.ndarray]:
     if naming is None:
-        return {path.replace("/", "."): np.asarray(value) for path, value in run.arrays.items()}
+        return {path.replace("/", "."): np.asarray(value) for path, value in run.weights.items()}
     try:
-        tensors = export_tensors(run.arrays, naming, size)
+        tensors = export_tensors(run.weights, naming, size)
     except InputError as error:
         raise InputError(f"{error}; export it with `--names {OWN}`, under this library's own names") from error
     # PyTorch's batch norms count their batches, and refuse weights without that count when loading strictly.
@@ -91,17 +88,31 @@ def _tensors(run: FinishedRun, size: Any, naming: Naming | None) -> dict[str, np
 def _config(run: FinishedRun, size: Any, naming: Naming | None) -> dict[str, Any]:
     labels = {str(index): name for index, name in enumerate(run.classes)}
     own = {
-        "jxfer": {
+        OWN: {
             "version": version("jxfer"),
+            "names": naming.name if naming else OWN,
             "model": to_dict(run.model),
             "input": run.input,
             "input_shape": list(run.input_shape),
-            "data": to_dict(run.data),
+            "data": _preparation(run),
         }
     }
     if naming is not None and naming.write_config is not None:
         return naming.write_config(size, run.classes, run.input_shape) | own
     return {"architectures": [run.model.name], "num_classes": len(run.classes), "id2label": labels, **own}
+
+
+def _preparation(run: FinishedRun) -> dict[str, Any]:
+    """Returns how inputs are prepared in our own words, which `file:` reads back; nothing of where the data lie."""
+    first, last = run.input_shape[0], run.input_shape[-1]
+    seconds = first / run.data.sample_rate if run.input == "audio" and run.data.sample_rate else None
+    shapes: dict[str, dict[str, Any]] = {
+        "image": {"image_size": first if run.input_shape[:2] == (first, first) else None, "channels": last},
+        "text": {"max_tokens": first},
+        "audio": {"seconds": seconds},
+    }
+    said = {name: getattr(run.data, name) for name in PREPROCESSING if name != "tokenizer"} | shapes[run.input]
+    return {name: value for name, value in to_dict(said).items() if value is not None}
 
 
 def _preprocessor(run: FinishedRun) -> dict[str, Any]:
@@ -151,7 +162,7 @@ def _card(run: FinishedRun, naming: Naming | None, files: list[Path]) -> str:
     """Returns the model card: what it is, what it was measured to do, what trained, and how to read the files."""
     row = _read_json(run.directory / "result.json")
     partition = run.directory / "partition.txt"
-    num_params = sum(int(np.prod(value.shape)) for value in run.arrays.values())
+    num_params = sum(int(np.prod(value.shape)) for value in run.weights.values())
     lines = [
         f"# {run.model.name} for {len(run.classes)} classes",
         "",
@@ -176,7 +187,16 @@ def _card(run: FinishedRun, naming: Naming | None, files: list[Path]) -> str:
 
 def _facts(row: Mapping[str, Any]) -> list[str]:
     wanted = ("source", "target", "method", "variant", "shots", "seed", "steps", "params_trainable", "weights_hash")
-    return [f"- {name.replace('_', ' ')}: {row[name]}" for name in wanted if row.get(name) is not None]
+    known = {name: row[name] for name in wanted if row.get(name) is not None}
+    known |= {name: _without_folders(known[name]) for name in ("source", "target") if name in known}
+    return [f"- {name.replace('_', ' ')}: {value}" for name, value in known.items()]
+
+
+def _without_folders(origin: str) -> str:
+    """Returns an origin without the folders of this machine, which are nobody else's concern."""
+    kind, colon, place = origin.partition(":")
+    local = kind in ("file", "folder", "table", "run") or place.startswith(("/", "~", "."))
+    return f"{kind}{colon}{Path(place).name}" if local else origin
 
 
 def _measured(row: Mapping[str, Any]) -> list[str]:

@@ -99,7 +99,8 @@ def _shards(index: Path) -> list[Path]:
         if Path(name).name != name:
             raise InputError(f"'{index}' lists `{name}`, which is not beside it; fetch the checkpoint again")
         if not (index.parent / name).is_file():
-            raise InputError(f"shard '{index.parent / name}' is missing, one of {len(names)} that '{index.name}' lists")
+            listed = f"one of {len(names)} that '{index.name}' lists"
+            raise InputError(f"shard '{index.parent / name}' is missing, {listed}; fetch it too, beside the others")
     return [index.parent / name for name in names]
 
 

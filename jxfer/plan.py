@@ -14,11 +14,12 @@ from jxfer import models, optim, paths
 from jxfer.config import DataConfig, Experiment, Method, ModelConfig, TrainConfig
 from jxfer.cost import Cost, cost_of
 from jxfer.data import Dataset, Prepare, load_dataset
+from jxfer.known import known_of, resolve
 from jxfer.models.stages import pack
 from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
-from jxfer.source import known_of, resolve
+from jxfer.source import check_source
 from jxfer.state import Fixed, TrainState, init_state
 from jxfer.step import EvalStep, FromStage, TrainStep, from_input, make_eval_step, make_train_step
 from jxfer.typing import Arrays, Batch, Input, InputError
@@ -264,7 +265,10 @@ def _check_channels(channels: int, target: Dataset) -> None:
 def plan_experiment(experiment: Experiment, method: Method) -> Plan:
     """Plans and costs one method of an experiment; never trains."""
     experiment = resolve(experiment)
-    return plan_method(experiment, method, task_of(experiment))
+    task = task_of(experiment)
+    if method.start == "source":
+        check_source(experiment, num_classes=len(task.target_classes), input_shape=task.input_shape)
+    return plan_method(experiment, method, task)
 
 
 def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +11,14 @@ from flax import nnx
 from jxfer import models, paths
 from jxfer.config import DataConfig, DType, MeshConfig, ModelConfig, SourceConfig
 from jxfer.data.text import num_tokens
+from jxfer.known import RUN, known_of, namings_for, run_directory
 from jxfer.sharding import param_specs
-from jxfer.source import RUN, known_of, load_run, run_directory
+from jxfer.source import load_run
 from jxfer.typing import InputError, Rules
 from jxfer.weights.load import load as load_weights
 from jxfer.weights.load import weights_of
-from jxfer.weights.names import joined, namings_of, resizes_of
-from jxfer.weights.naming import Naming, Rule
+from jxfer.weights.names import joined, own_naming, resizes_of
+from jxfer.weights.naming import Naming
 from jxfer.weights.open import open_published
 from jxfer.weights.tensors import Tensor, in_memory
 
@@ -34,6 +35,8 @@ class _Found:
     num_classes: int
     """Outputs of the head, 0 without one."""
     input_shape: tuple[int, ...] | None
+    build: Callable[..., nnx.Module] = models.build
+    """Builds it with random weights, as `models.build` does."""
 
 
 def load(
@@ -73,7 +76,7 @@ def load(
         rules = [*rules, ("head/**", "reinitialise")]
 
     def build() -> nnx.Module:
-        return models.build(found.model, num_classes=classes, input_shape=shape, rngs=nnx.Rngs(0))
+        return found.build(found.model, num_classes=classes, input_shape=shape, rngs=nnx.Rngs(0))
 
     size = models.size_of(found.model)
     loaded, manifest = load_weights(
@@ -96,17 +99,18 @@ def _shardings(abstract: nnx.Module, mesh: jax.sharding.Mesh) -> dict[str, jax.s
 
 def _of_published(origin: str, asked: ModelConfig) -> _Found:
     known = known_of(SourceConfig(weights=origin), asked)
-    namings = namings_of(models.size_of(known.model))
+    published = open_published(origin)
+    size = models.size_of(known.model)
     shape = _input_shape(known.model, known.preprocessing)
-    tensors = joined(models.size_of(known.model), open_published(origin).tensors)
-    return _Found(tensors, namings, known.model, len(known.classes), shape)
+    tensors = joined(size, published.tensors)
+    return _Found(tensors, namings_for(size, published), known.model, len(known.classes), shape)
 
 
 def _of_run(origin: str, asked: ModelConfig) -> _Found:
     run = load_run(run_directory(origin))
     model = dataclasses.replace(run.model if asked.name == models.AUTO else asked, dtype=asked.dtype)
-    own = Naming("jxfer", lambda size: tuple(Rule(path, path) for path in run.arrays))
-    return _Found(in_memory(run.arrays, what=origin), (own,), model, len(run.classes), run.input_shape)
+    tensors = in_memory(run.weights, what=origin)
+    return _Found(tensors, (own_naming(tensors),), model, len(run.classes), run.input_shape, run.build_like)
 
 
 def _input_shape(model: ModelConfig, preprocessing: Mapping[str, Any]) -> tuple[int, ...] | None:

@@ -17,7 +17,7 @@ LAYERS = (
     ("solvers", "surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("state", "step"),
-    ("cost", "planned", "checkpoint", "source", "pretrained", "plan", "evaluate", "logs", "loop"),
+    ("cost", "planned", "checkpoint", "known", "source", "pretrained", "plan", "evaluate", "logs", "loop"),
     ("chunks", "store", "extract", "features", "stored", "phase", "equivalence"),
     ("run", "predict", "export", "directory", "ablate"),
     ("report",),

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jxfer import data, pretrained, source
+from jxfer import data, known, pretrained
 from jxfer.config import DataConfig, ModelConfig, SourceConfig
 from jxfer.models.cifar_resnet import CifarResNet, CifarResNetConfig
 from jxfer.models.convnet import ConvNet, ConvNetConfig
@@ -323,8 +323,8 @@ def test_published_cifar_weights_give_the_logits_of_the_reference(real_data, wei
 )
 def test_published_cifar_weights_are_as_accurate_as_measured_elsewhere(real_data, weights, name, accuracy):
     origin = f"file:{real_data / 'weights_resnet_cifar10' / weights}"
-    known = source.known_of(SourceConfig(weights=origin), ModelConfig(name))
-    prepare = data.Prepare(config=DataConfig(**known.preprocessing), num_classes=10, train=False)
+    found = known.known_of(SourceConfig(weights=origin), ModelConfig(name))
+    prepare = data.Prepare(config=DataConfig(**found.preprocessing), num_classes=10, train=False)
     model = nnx.view(pretrained.load(origin, model=name, input_shape=(32, 32, 3)), use_running_average=True)
     pixels, labels = cifar_test_images(real_data / "cifar10_jpeg" / "cifar10_test_jpeg.tar.gz", limit=None)
     logits = nnx.jit(lambda m, x: m(prepare(jax.random.key(0), {"image": x})["image"]))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import runs
 
-from jxfer import ablate, cli, methods, models, source
+from jxfer import ablate, cli, known, methods, models, pretrained, source
 from jxfer.config import ModelConfig, SourceConfig
 from jxfer.export import export
 from jxfer.predict import predict
 from jxfer.typing import InputError
 from jxfer.weights.files import open_tensors
-from jxfer.weights.load import read
+from jxfer.weights.load import read, weights_of
 from jxfer.weights.names import namings_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -74,10 +74,11 @@ def test_unreadable_inputs_are_reported_one_by_one_and_the_rest_is_done(folder, 
     assert {line["input"].rsplit("/", 1)[1] for line in lines if "error" in line} == {"000.png", "notes.txt"}
     assert all(line["label"] in runs.TARGET_CLASSES for line in lines if "error" not in line)
     status = cli.main(["predict", str(directory(folder)), str(tmp_path / "mixed" / "001.png")])
-    shown = capsys.readouterr().out
+    heading, row = capsys.readouterr().out.splitlines()
     assert status == cli.DONE
-    assert "001.png" in shown
-    assert "%" in shown
+    assert heading.split() == ["class", "share", "next", "input"]
+    assert row[heading.index("input") :].endswith("001.png")
+    assert row[heading.index("share") :].split()[0].endswith("%")
 
 
 def test_a_missing_input_or_run_is_an_error_before_anything_is_read(folder, tmp_path):
@@ -110,6 +111,13 @@ def test_an_export_is_read_back_by_the_names_of_the_field(folder, tmp_path):
     assert list(config["id2label"].values()) == list(runs.TARGET_CLASSES)
     processor = json.loads((tmp_path / "export" / "preprocessor_config.json").read_text())
     assert processor["image_mean"] == [0.5]
+    for file in files:
+        assert str(folder).encode() not in file.read_bytes(), "where the data lie is nobody else's concern"
+
+
+def test_standard_input_is_for_texts(folder):
+    with pytest.raises(InputError, match="`-` reads texts, and `tiny_resnet20` reads image"):
+        predict(source.load_run(directory(folder)), ["-"])
 
 
 def test_a_network_that_only_we_have_goes_out_under_our_names(folder, tmp_path):
@@ -120,6 +128,19 @@ def test_a_network_that_only_we_have_goes_out_under_our_names(folder, tmp_path):
     assert {name.replace(".", "/") for name in open_tensors(files[:1])} == set(mlp.arrays)
     with pytest.raises(InputError, match=r"unknown names for `tiny_resnet20`: `torchvsion`"):
         export(mlp, tmp_path / "theirs", names="torchvsion")
+
+
+@pytest.mark.parametrize("names", [None, "jxfer"])
+def test_an_export_is_a_source_that_says_of_itself_all_that_a_user_need_not_know(names, folder, tmp_path):
+    run = source.load_run(directory(folder))
+    export(dataclasses.replace(run, data=dataclasses.replace(run.data, mean=(0.25,))), tmp_path / "export", names=names)
+    origin = f"file:{tmp_path / 'export'}"
+    found = known.known_of(SourceConfig(weights=origin), ModelConfig(models.AUTO))
+    assert (found.model, found.classes) == (run.model, run.classes)
+    assert (found.preprocessing["mean"], found.preprocessing["image_size"]) == ((0.25,), 8)
+    model = pretrained.load(origin)
+    for path, value in weights_of(model).items():
+        np.testing.assert_array_equal(value, run.arrays[path], path)
 
 
 def test_the_exported_function_gives_the_logits_for_any_batch(folder, tmp_path):
@@ -145,7 +166,7 @@ def test_wrong_numbers_of_operands_are_one_line(args, capsys):
 def test_texts_are_predicted_from_lines_on_standard_input(tmp_path, monkeypatch, capsys):
     rows = [f"{text} number {i}\t{label}" for i in range(30) for text, label in (("good fine", "+"), ("bad poor", "-"))]
     (tmp_path / "texts.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
-    size = (("vocab_size", "50"), ("embedding_dim", "8"), ("hidden_dim", "8"), ("num_layers", "1"))
+    size = (("vocab_size", "50"), ("embedding_dim", "8"), ("hidden_dim", "8"), ("num_layers", "1"), ("dropout", "0.1"))
     experiment = runs.with_train(runs.write_data(tmp_path / "data"), num_steps=40, learning_rate=0.03)
     target = dataclasses.replace(
         experiment.target, name=f"table:{tmp_path / 'texts.tsv'}", tokenizer="words:50", max_tokens=6
@@ -154,8 +175,18 @@ def test_texts_are_predicted_from_lines_on_standard_input(tmp_path, monkeypatch,
     (row,) = ablate.ablate(runs.with_methods(trial, methods.scratch), tmp_path / "out", runs.QUIET, command="")
     assert row["metrics"]["accuracy"] > 0.9
     monkeypatch.setattr("sys.stdin", io.StringIO("good fine number 3\nbad poor\n"))
-    assert cli.main(["predict", str(tmp_path / "out" / "runs" / "scratch-shots10-seed0"), "-"]) == cli.DONE
-    assert [line[0] for line in capsys.readouterr().out.splitlines()] == ["+", "-"]
+    directory = tmp_path / "out" / "runs" / "scratch-shots10-seed0"
+    assert cli.main(["predict", str(directory), "-"]) == cli.DONE
+    assert [line[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["+", "-"]
+    # Dropout's counters are in the run, and in no weights file.
+    run = source.load_run(directory)
+    assert run.arrays.keys() - run.weights.keys() == {"embed/dropout/rngs/count", "layers/0/dropout/rngs/count"}
+    assert cli.main(["export", str(directory), str(tmp_path / "export")]) == cli.DONE
+    for origin in (f"run:{directory}", f"file:{tmp_path / 'export'}"):
+        found = weights_of(pretrained.load(origin))
+        assert all(np.array_equal(found[path], value) for path, value in run.weights.items())
+    preparation = known.known_of(SourceConfig(weights=f"file:{tmp_path / 'export'}"), run.model).preprocessing
+    assert preparation == {"max_tokens": 6, "tokenizer": f"file:{tmp_path / 'export'}"}
 
 
 def test_given_word_vectors_are_loaded_and_the_rest_begins_anew(tmp_path):

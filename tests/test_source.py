@@ -8,7 +8,7 @@ import pytest
 import runs
 from flax import nnx
 
-from jxfer import ablate, checkpoint, methods, models, source
+from jxfer import ablate, checkpoint, known, methods, models, plan, source
 from jxfer.config import DataConfig, ModelConfig, SourceConfig
 from jxfer.partition import arrays_of
 from jxfer.typing import InputError
@@ -32,7 +32,7 @@ def publish(file, *, head: bool = True) -> SourceConfig:
     tensors = export_tensors(arrays_of(runs.build_source(MODEL)), namings_of(size)[0], size)
     kept = {name: value for name, value in tensors.items() if head or not name.startswith("linear.")}
     write_safetensors(file, kept, {})
-    source._open.cache_clear()
+    known.open_weights.cache_clear()
     return SourceConfig(weights=f"file:{file}", classes=runs.SOURCE_CLASSES if head else ())
 
 
@@ -44,11 +44,13 @@ def experiment(tmp_path):
 
 
 def test_what_comes_with_weights_fills_what_the_user_left_open(experiment):
-    resolved = source.resolve(experiment)
-    assert resolved.target.mean == (0.485, 0.456, 0.406)
+    resolved = known.resolve(experiment)
+    assert (resolved.target.image_size, resolved.target.mean) == (32, (0.485, 0.456, 0.406))
+    grey = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, channels=1))
+    assert known.resolve(grey).target.mean == (pytest.approx((0.485 + 0.456 + 0.406) / 3),), "as kernels are summed"
     own = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, mean=(0.1,)))
-    assert source.resolve(own).target.mean == (0.1,)
-    assert source.resolve(resolved) == resolved
+    assert known.resolve(own).target.mean == (0.1,)
+    assert known.resolve(resolved) == resolved
 
 
 def test_published_weights_are_read_as_they_were_written(experiment):
@@ -77,14 +79,14 @@ def test_weights_without_a_head_serve_methods_that_bring_one(tmp_path, experimen
 
 def test_an_unnamed_network_and_a_wrong_number_of_names_are_errors(experiment):
     unnamed = dataclasses.replace(experiment, model=ModelConfig(models.AUTO))
-    with pytest.raises(InputError, match=r"does not say of which network it is; give model.name: convnet"):
-        source.resolve(unnamed)
+    with pytest.raises(InputError, match=r"does not say of which network it is; give model.name: `.* or another"):
+        known.resolve(unnamed)
     misnamed = dataclasses.replace(experiment, source=dataclasses.replace(experiment.source, classes=("a", "b")))
     with pytest.raises(InputError, match=r"source.classes has 2 names, but the head of .* has 5 outputs"):
-        source.resolve(misnamed)
+        known.resolve(misnamed)
     own = dataclasses.replace(experiment, model=ModelConfig("tiny_convnet"))
     with pytest.raises(InputError, match="no published names are known for `tiny_convnet`"):
-        source.resolve(own)
+        known.resolve(own)
 
 
 def test_a_published_config_names_its_network():
@@ -121,18 +123,22 @@ def publish_other(folder, experiment) -> SourceConfig:
     size = models.size_of(ModelConfig(MODEL))
     arrays = {path: value + 1 for path, value in arrays_of(runs.build_source(MODEL)).items()}
     write_safetensors(file, export_tensors(arrays, namings_of(size)[0], size), {})
-    source._open.cache_clear()
+    known.open_weights.cache_clear()
     return experiment.source
 
 
-@pytest.fixture
-def delta_run(tmp_path):
+@pytest.fixture(scope="module")
+def delta_run(tmp_path_factory):
     """A linear probe that keeps only its head, and the same one whole."""
-    experiment = runs.write_data(tmp_path / "data")
-    for save in ("delta", "full"):
-        trial = dataclasses.replace(experiment, model=ModelConfig(MODEL), save=save)
-        ablate.ablate(runs.with_methods(trial, methods.linear_probe), tmp_path / save, runs.QUIET, command="")
-    return tmp_path / "delta" / "runs" / "linear_probe-shots3-seed0"
+    root = tmp_path_factory.mktemp("delta")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        runs.add_models(monkeypatch)
+        runs.use_devices(monkeypatch, 1)
+        experiment = runs.write_data(root / "data")
+        for save in ("delta", "full"):
+            trial = dataclasses.replace(experiment, model=ModelConfig(MODEL), save=save)
+            ablate.ablate(runs.with_methods(trial, methods.linear_probe), root / save, runs.QUIET, command="")
+    return root / "delta" / "runs" / "linear_probe-shots3-seed0"
 
 
 def test_a_delta_holds_what_trained_and_is_whole_on_its_base(delta_run):
@@ -147,15 +153,53 @@ def test_a_delta_holds_what_trained_and_is_whole_on_its_base(delta_run):
     assert isinstance(whole.build(), nnx.Module)
 
 
-def test_a_delta_on_another_base_is_an_error(delta_run):
+def test_a_delta_on_another_base_is_an_error(delta_run, tmp_path):
     base = source.load_source(delta_run.parents[1] / "source")
     assert source.load_run(delta_run, base=base).arrays
     other = dataclasses.replace(base, weights_hash="0" * 16)
     with pytest.raises(InputError, match=r"keeps only what differs from weights of hash \w{16}, but its base .* has 0"):
         source.load_run(delta_run, base=other)
-    (delta_run.parents[1] / "source").rename(delta_run.parents[1] / "elsewhere")
-    with pytest.raises(InputError, match=r"no finished run in .*source"):
-        source.load_run(delta_run)
+    moved = runs.copy_of(delta_run, tmp_path / "runs" / delta_run.name)
+    with pytest.raises(InputError, match=r"its base, which is not there: no finished run in .*source"):
+        source.load_run(moved)
+
+
+def test_a_delta_on_published_weights_names_them_where_they_are_not_the_same_any_more(tmp_path, experiment):
+    grey = dataclasses.replace(experiment.target, image_size=8, channels=1)
+    trial = dataclasses.replace(experiment, save="delta", target=grey)
+    ablate.ablate(runs.with_methods(trial, methods.linear_probe), tmp_path / "out", runs.QUIET, command="")
+    run = tmp_path / "out" / "runs" / "linear_probe-shots3-seed0"
+    whole = source.load_run(run)
+    np.testing.assert_array_equal(whole.arrays["stem/conv/kernel"], runs.build_source(MODEL).stem.conv.kernel[...])
+    write_safetensors(tmp_path / "weights.safetensors", {"another": np.zeros(3, np.float32)}, {})
+    known.open_weights.cache_clear()
+    with pytest.raises(InputError, match=r"keeps only what differs .* has \w{16}; give it the base that it was"):
+        source.load_run(run)
+    (tmp_path / "weights.safetensors").unlink()
+    known.open_weights.cache_clear()
+    with pytest.raises(InputError, match=r"keeps only what differs from its base, which is not there: .*does not"):
+        source.load_run(run)
+
+
+def test_the_folder_of_an_ablation_is_answered_with_a_run_in_it(delta_run):
+    ablation = delta_run.parents[1]
+    with pytest.raises(InputError, match=f"no finished run .*; name one of its runs, such as '{delta_run}'"):
+        source.load_run(ablation)
+    with pytest.raises(InputError, match=f"no run there, .*; name one of its runs, such as '{delta_run}'"):
+        known.known_of(SourceConfig(weights=f"run:{ablation}"), ModelConfig(MODEL))
+
+
+def test_a_plan_refuses_weights_that_do_not_fit_before_anything_is_read(experiment):
+    target = dataclasses.replace(experiment.target, image_size=8, channels=1)
+    grey = dataclasses.replace(experiment, target=target)
+    assert plan.plan_experiment(grey, methods.linear_probe).phases
+    other = dataclasses.replace(grey, model=ModelConfig(MODEL, size=(("num_blocks", "2"),)))
+    with pytest.raises(InputError, match="no tensor for `layer1/1/bn1/bias` and"):
+        plan.plan_experiment(other, methods.linear_probe)
+    assert plan.plan_experiment(other, methods.scratch).phases
+    misspelt = dataclasses.replace(grey, source=dataclasses.replace(grey.source, load=(("haed/**", "reinitialise"),)))
+    with pytest.raises(InputError, match=r"no parameter matches `haed/\*\*`; nearest: `head/\*\*`"):
+        plan.plan_experiment(misspelt, methods.linear_probe)
 
 
 def test_a_runs_preprocessing_travels_with_its_weights(tmp_path):
@@ -170,6 +214,6 @@ def test_a_runs_preprocessing_travels_with_its_weights(tmp_path):
     transfer = dataclasses.replace(
         experiment, source=SourceConfig(weights=weights), model=ModelConfig(models.AUTO), target=experiment.target
     )
-    resolved = source.resolve(transfer)
+    resolved = known.resolve(transfer)
     assert (resolved.target.mean, resolved.target.std, resolved.model.name) == ((0.25,), (0.125,), MODEL)
     assert isinstance(resolved.target, DataConfig)

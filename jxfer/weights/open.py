@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jxfer.config import PREPROCESSING
 from jxfer.data.text import read_vectors
 from jxfer.origins import fetch, weights_files
 from jxfer.typing import InputError
@@ -69,7 +70,7 @@ def open_published(origin: str) -> Published:
         tensors,
         config,
         _classes(config),
-        _of_timm(config) | _of_processor(processor),
+        _of_timm(config) | _of_processor(processor) | _of_our_export(config),
         fetch(origin, "tokenizer.json"),
     )
 
@@ -131,6 +132,14 @@ def _of_processor(processor: Mapping[str, Any]) -> dict[str, Any]:
         "channel_order": processor.get("channel_order"),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _of_our_export(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what `jxfer export` writes beside the words of others, which have none for sounds and texts."""
+    ours = config.get("jxfer")
+    said = ours.get("data") if isinstance(ours, Mapping) else None
+    found = {name: said.get(name) for name in PREPROCESSING} if isinstance(said, Mapping) else {}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if v is not None}
 
 
 def _side(size: Any) -> int | None:

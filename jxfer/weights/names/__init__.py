@@ -1,9 +1,9 @@
 """Under which names each architecture's weights are published, and which architecture a published config is of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jxfer.config import ModelConfig
+from jxfer.config import ModelConfig, from_dict
 from jxfer.models.alexnet import AlexNetConfig
 from jxfer.models.bert import BertConfig
 from jxfer.models.cifar_resnet import CifarResNetConfig
@@ -29,9 +29,12 @@ from jxfer.weights.names import (
     vgg,
     vit,
 )
-from jxfer.weights.naming import Naming
+from jxfer.weights.naming import Naming, Rule
 from jxfer.weights.resize import InputChannels
 from jxfer.weights.tensors import Tensor
+
+OWN = "jxfer"
+"""The naming of our own paths, with dots, and the part of a `config.json` that says what only we know."""
 
 _MODULES: dict[type, Any] = {
     AlexNetConfig: alexnet,
@@ -57,6 +60,12 @@ def namings_of(size: Any) -> tuple[Naming, ...]:
     return module.NAMINGS if module else ()
 
 
+def own_naming(names: Iterable[str]) -> Naming:
+    """Returns the naming of our own paths for tensors of these names, which have dots for the paths' slashes."""
+    rules = tuple(Rule(name, name.replace(".", "/")) for name in names)
+    return Naming(OWN, lambda size: rules)
+
+
 def resizes_of(size: Any) -> Resizes:
     """Returns which leaves of an architecture can be resized, and how."""
     return getattr(_MODULES.get(type(size)), "RESIZES", _FIRST_CONVOLUTION)
@@ -74,6 +83,8 @@ def identify(config: Mapping[str, Any]) -> ModelConfig | None:
     Raises:
       InputError: it is of a known family, with a part that is not built.
     """
+    if isinstance(ours := config.get(OWN), Mapping) and "model" in ours:
+        return from_dict(ModelConfig, ours["model"])
     for module in _MODULES.values():
         for naming in module.NAMINGS:
             if found := naming.read_config(config):
