@@ -27,11 +27,8 @@ def summary() -> str:
     keys = store.list_keys()
     if not keys:
         return f"no features are stored in {store.root()}"
-    size = sum(known.num_bytes for known in keys)
-    limit = f"{store.LIMIT}={store.limit_bytes() / 1e9:g}"
-    return (
-        f"{len(keys)} key(s), {size / 1e9:.3g} of at most {store.limit_bytes() / 1e9:g} GB ({limit}) in {store.root()}"
-    )
+    size, limit = sum(known.num_bytes for known in keys) / 1e9, store.limit_bytes() / 1e9
+    return f"{len(keys)} key(s) in {store.root()}: {size:.3g} of at most {limit:g} GB ({store.LIMIT}={limit:g})"
 
 
 def pick(keys: Sequence[str], *, every: bool) -> list[Known]:

@@ -26,17 +26,34 @@ from jxfer.data import augment
 from jxfer.data.pipeline import batch_indices
 from jxfer.extract import make_feature_step
 from jxfer.features import Extractor, stored_splits
+from jxfer.models.alexnet import AlexNetConfig
+from jxfer.models.audio_cnn import AudioCnnConfig
+from jxfer.models.bert import BertConfig
+from jxfer.models.rnn import RnnConfig
 from jxfer.models.stages import run_stages, stage_of
+from jxfer.models.vit import ViTConfig
 from jxfer.partition import Partition, arrays_of, frozen_boundary
 from jxfer.plan import PlannedPhase, phase_steps, plan_phases, prepare_images, start_phase
 from jxfer.sharding import make_mesh, put_batch
 from jxfer.state import merge_state
 from jxfer.typing import InputError, InterruptedRun
 
+OTHERS = {
+    "alexnet": AlexNetConfig(widths=(4, 5, 6, 7, 8), hidden_dim=10),
+    "vit": ViTConfig(4, 8, 2, 2, 16),
+    "vit_scan": ViTConfig(4, 8, 3, 2, 16, scan=True),
+    "bert": BertConfig(8, 2, 2, 16, vocab_size=20, max_positions=12),
+    "rnn": RnnConfig(vocab_size=20, embedding_dim=4, hidden_dim=3, num_layers=2),
+    "audio_cnn": AudioCnnConfig(num_mels=16, widths=(4, 4, 6)),
+}
+"""More kinds of models, some of which read something else or hand several arrays from stage to stage."""
+
+SHAPES = {"image": tiny.IMAGE_SHAPE, "text": (12,), "audio": (4000,), "alexnet": (63, 63, 1)}
+
 
 @pytest.fixture(autouse=True)
 def _tiny_models_and_a_store_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "_CONFIGS", tiny.CONFIGS)
+    monkeypatch.setattr(models, "_CONFIGS", {**tiny.CONFIGS, **OTHERS})
     monkeypatch.setenv("JXFER_CACHE", str(tmp_path))
 
 
@@ -121,11 +138,33 @@ def test_a_model_without_stages_has_no_boundary():
     assert frozen_boundary(Partition.of(model, [("kernel", "head"), ("**", "frozen")]), ()) is None
 
 
+def shape_of(name: str) -> tuple[int, ...]:
+    return SHAPES.get(name) or SHAPES[models.reads(ModelConfig(name))]
+
+
+def build(name: str) -> nnx.Module:
+    return models.build(ModelConfig(name), num_classes=3, input_shape=shape_of(name), rngs=nnx.Rngs(0))
+
+
+def make_split(name: str, num_examples: int = 13) -> data.ArraySplit:
+    """Returns examples of what a model reads."""
+    split, kind = tiny.make_split(num_examples), models.reads(ModelConfig(name))
+    rng, shape = np.random.default_rng(0), (num_examples, *shape_of(name))
+    if kind == "text":
+        tokens = rng.integers(1, 20, shape) * (np.arange(shape[1]) < rng.integers(3, 13, (num_examples, 1)))
+        return dataclasses.replace(split, arrays={"text": tokens.astype(np.int32)})
+    if kind == "audio":
+        return dataclasses.replace(split, arrays={"audio": rng.integers(-9999, 9999, shape).astype(np.int16)})
+    return dataclasses.replace(split, arrays={"image": rng.integers(0, 256, shape).astype(np.uint8)})
+
+
 def phase_of(name: str, first: str, *, model: nnx.Module, **settings):
     """Returns what trains the stages from `first` on: experiment, method, planned phase."""
     moving = model.stages[model.stages.index(first) :]
-    rules = tuple((f"{s}/**", "moving") for s in moving if any(stage_of(p, (s,)) for p in arrays_of(model)))
-    method = Method("some", rules=(*rules, ("**", "frozen")), phases=(Phase("train", train=("moving",)),))
+    rules = [(f"{s}/**", "moving") for s in moving if any(stage_of(p, (s,)) for p in arrays_of(model))]
+    if not all(stage_of(path, moving) for path in arrays_of(model)):
+        rules.append(("**", "frozen"))
+    method = Method("some", rules=tuple(rules), phases=(Phase("train", train=("moving",)),))
     train = TrainConfig(num_steps=3, batch_size=6, learning_rate=0.01, clip_norm=1.0, schedule="constant")
     experiment = Experiment("test", model=ModelConfig(name), train=train, **settings)
     (planned,) = plan_phases(experiment, method, model)
@@ -143,13 +182,13 @@ def extractor_of(experiment: Experiment, method: Method, planned: PlannedPhase, 
 
 def train_phase(name: str, first: str, *, features: str):
     """Trains three steps and returns the evaluated logits, what moved, and the metrics of each step."""
-    model = tiny.build(name)
+    model = build(name)
     experiment, method, planned = phase_of(name, first, features=features, model=model)
     assert planned.stored == (features == "auto")
     assert planned.boundary == first
     extractor = extractor_of(experiment, method, planned, model)
     state, fixed, mesh = extractor.state, extractor.fixed, extractor.mesh
-    split = tiny.make_split(13)
+    split = make_split(name)
     if planned.stored:
         split, _, _ = stored_splits(extractor, split, split, num_steps=3)
     train_step, eval_step = phase_steps(experiment, method, planned, 3)
@@ -167,12 +206,17 @@ ALL = [
     *itertools.product(("convnet", "convnet_dropout"), ("layer1", "layer2", "head")),
     *itertools.product(("resnet20",), ("layer1", "layer2", "layer3", "head")),
     *itertools.product(("resnet18_32",), ("layer1", "layer2", "layer3", "layer4", "head")),
+    *itertools.product(("alexnet",), ("conv2", "conv3", "conv4", "conv5", "hidden1", "hidden2", "head")),
+    *itertools.product(("vit",), ("blocks/0", "blocks/1", "norm", "head")),
+    *itertools.product(("vit_scan",), ("blocks/1", "blocks/2", "head")),
+    *itertools.product(("bert",), ("blocks/0", "blocks/1", "head")),
+    *itertools.product(("rnn",), ("layers/0", "layers/1", "head")),
+    *itertools.product(("audio_cnn",), ("layer1", "layer2", "head")),
 ]
 CUTS = [*QUICK, *(pytest.param(*cut, marks=pytest.mark.slow) for cut in ALL if cut not in QUICK)]
 
 
-@pytest.mark.parametrize(("name", "first"), CUTS)
-def test_training_on_stored_features_equals_training_online(name, first):
+def assert_equal_training(name: str, first: str) -> None:
     logits, moved, history = train_phase(name, first, features="auto")
     online_logits, online_moved, online_history = train_phase(name, first, features="off")
     # float32: the same operations in two programs, which XLA may fuse differently.
@@ -185,6 +229,16 @@ def test_training_on_stored_features_equals_training_online(name, first):
             np.testing.assert_allclose(moved[path], value, rtol=1e-3, atol=1e-5, err_msg=path)
         else:
             assert path in moved
+
+
+@pytest.mark.parametrize(("name", "first"), CUTS)
+def test_training_on_stored_features_equals_training_online(name, first):
+    assert_equal_training(name, first)
+
+
+@pytest.mark.parametrize(("name", "first"), [("vit_scan", "blocks/2"), ("bert", "blocks/1")])
+def test_it_does_for_other_kinds_too(name, first, quick_compiles):
+    assert_equal_training(name, first)
 
 
 def prepared(experiment: Experiment, images: np.ndarray) -> jax.Array:
