@@ -21,9 +21,11 @@ from jxfer.directory import (
 )
 from jxfer.known import resolve
 from jxfer.loop import Session
-from jxfer.plan import Task, load_data, plan_method, task_between, task_of
-from jxfer.run import Job, run
+from jxfer.plan import plan_method
+from jxfer.run import run
+from jxfer.search import Job
 from jxfer.source import Source, load_source, read_source
+from jxfer.task import Task, load_data, task_between, task_of
 from jxfer.typing import InputError, InterruptedRun
 
 

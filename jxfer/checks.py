@@ -93,7 +93,15 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "seed": _NOT_NEGATIVE,
     },
     ModelConfig: {},
-    SearchConfig: {"learning_rate": _POSITIVE, "weight_decay": _NOT_NEGATIVE},
+    SearchConfig: {
+        "learning_rate": _POSITIVE,
+        "weight_decay": _NOT_NEGATIVE,
+        "label_smoothing": _BELOW_1,
+        "penalty_weight": _NOT_NEGATIVE,
+        "head_seed": _NOT_NEGATIVE,
+        "samples": _AT_LEAST_1,
+        "population": _AT_LEAST_1,
+    },
     Group: {"learning_rate_scale": _NOT_NEGATIVE, "weight_decay_scale": _NOT_NEGATIVE},
     Phase: {"share": _SHARE, "layer_decay": _SHARE},
     Method: {"name": _FOLDER},
@@ -117,6 +125,7 @@ def check(experiment: Experiment) -> None:
     _check_distinct("shots", experiment.shots)
     _check_distinct("methods", [method.name for method in experiment.methods])
     _check_views(experiment)
+    _check_search(experiment.search)
     for method in experiment.methods:
         _check_method(method)
         _check_steps(method, experiment.train)
@@ -178,6 +187,17 @@ def _conforms(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
+
+
+def _check_search(search: SearchConfig) -> None:
+    tried = {name: values for name, values in vars(search).items() if isinstance(values, tuple)}
+    for name, values in tried.items():
+        _check_distinct(f"search.{name}", values)
+    if search.samples is not None and not any(tried.values()):
+        raise InputError(
+            f"search.samples is {search.samples}, but no setting is searched; give two values of one, "
+            "such as search.learning_rate"
+        )
 
 
 def _check_train(place: str, train: TrainConfig) -> None:

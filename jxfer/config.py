@@ -166,10 +166,24 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
-    """Settings tried for every method alike; validation chooses. Empty means the value of `train` alone."""
+    """Settings tried for every method alike; validation chooses. Empty means the value of `train` alone.
+
+    Without `samples` every combination is tried.
+    """
 
     learning_rate: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
+    label_smoothing: tuple[float, ...] = ()
+    penalty_weight: tuple[float, ...] = ()
+    """Of the methods that have penalties."""
+    head_seed: tuple[int, ...] = ()
+    """Seeds of the random weights of new heads."""
+    samples: int | None = None
+    """Random search with this budget: so many settings, each number drawn between the smallest and the largest value
+    given, log-uniformly where all are positive."""
+    population: int | None = None
+    """The most variants that train together as one population; None is as many as fit into the device's memory, 1
+    trains them one after the other."""
 
 
 @dataclasses.dataclass(frozen=True)

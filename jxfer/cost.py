@@ -1,15 +1,16 @@
 """What one step costs, from the compiled program: FLOPs, temporary memory, optimizer state."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.extend.core
 
-from jxfer.state import Fixed, TrainState
+from jxfer.state import Fixed, Population
 from jxfer.step import TrainStep
-from jxfer.typing import Batch
+from jxfer.typing import Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +24,37 @@ class Cost:
     optimizer_bytes: int
 
 
-def cost_of(train_step: TrainStep, state: TrainState, fixed: Fixed, batch: Batch) -> Cost:
-    """Costs one step ahead of time, on arrays or on their shapes; jit reuses the program when it is then called."""
-    compiled, flops = _compile(train_step, state, fixed, batch)
-    memory = compiled.memory_analysis()
-    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)]
-    return Cost(flops, int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
+def cost_of(train_step: TrainStep, state: PyTree, fixed: Fixed, batch: Batch) -> Cost:
+    """Costs one step ahead of time, on arrays or on their shapes; jit reuses the program when it is then called.
+
+    `state` is a `TrainState`, or a `Population` whose variants then cost what they cost together. The same step on the
+    same shapes is costed once.
+    """
+    return _cost(*_shapes(train_step, state, fixed, batch))
 
 
-def flops_of_step(step: jax.stages.Wrapped, state: TrainState, fixed: Fixed, batch: Batch) -> float:
+def flops_of_step(step: jax.stages.Wrapped, state: PyTree, fixed: Fixed, batch: Batch) -> float:
     """Returns the floating-point operations of a jitted step on all devices together, loops counted in full."""
-    return _compile(step, state, fixed, batch)[1]
+    return _cost(*_shapes(step, state, fixed, batch)).step_flops
 
 
-def _compile(
-    step: jax.stages.Wrapped, state: TrainState, fixed: Fixed, batch: Batch
-) -> tuple[jax.stages.Compiled, float]:
+def _shapes(step: jax.stages.Wrapped, state: PyTree, fixed: Fixed, batch: Batch) -> tuple[Any, Any, tuple[Any, ...]]:
+    leaves, structure = jax.tree.flatten((state, fixed, batch))
+    return step, structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, "sharding", None)) for leaf in leaves)
+
+
+@functools.lru_cache(maxsize=512)
+def _cost(step: Any, structure: Any, shapes: tuple[Any, ...]) -> Cost:
+    leaves = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in shapes]
+    state, fixed, batch = jax.tree.unflatten(structure, leaves)
     traced = step.trace(state, fixed, batch)
     compiled = traced.lower().compile()
-    devices = {d for leaf in jax.tree.leaves(batch) for d in getattr(getattr(leaf, "sharding", None), "device_set", ())}
-    return compiled, flops_of(compiled) * max(len(devices), 1) + _looped_flops(traced.jaxpr.jaxpr)
+    memory = compiled.memory_analysis()
+    moving = state.state if isinstance(state, Population) else state
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(moving.opt_state)]
+    devices = {d for leaf in jax.tree.leaves(batch) for d in getattr(leaf.sharding, "device_set", ())}
+    flops = flops_of(compiled) * max(len(devices), 1) + _looped_flops(traced.jaxpr.jaxpr)
+    return Cost(flops, int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
 
 
 def flops_of(program: jax.stages.Compiled) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jxfer import config, data
 from jxfer.config import Experiment
-from jxfer.plan import load_data
+from jxfer.task import load_data
 from jxfer.typing import InputError
 
 NUM_EXAMPLES = 64

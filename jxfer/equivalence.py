@@ -16,20 +16,11 @@ from jxfer.evaluate import evaluate
 from jxfer.known import resolve
 from jxfer.loop import Session
 from jxfer.phase import EVAL_BATCH_SIZE, Context, Splits, store_features
-from jxfer.plan import (
-    PlannedPhase,
-    Task,
-    base_model,
-    load_data,
-    phase_steps,
-    plan_phases,
-    start_phase,
-    target_model,
-    task_of,
-)
+from jxfer.plan import PlannedPhase, phase_steps, plan_phases, start_phase
 from jxfer.sharding import make_mesh, num_batch_shards, pad_batch, put_batch
 from jxfer.source import read_source
 from jxfer.state import place_state
+from jxfer.task import Task, base_model, load_data, target_model, task_of
 from jxfer.typing import Arrays
 
 NUM_STEPS = 10

@@ -8,7 +8,7 @@ import numpy as np
 from jxfer.data import Split, eval_batches
 from jxfer.objectives import means
 from jxfer.sharding import num_batch_shards, pad_batch, put_batch
-from jxfer.state import Fixed, TrainState
+from jxfer.state import Fixed
 from jxfer.step import EvalStep
 
 BATCHES_AHEAD = 2
@@ -16,14 +16,17 @@ BATCHES_AHEAD = 2
 
 def evaluate(
     eval_step: EvalStep,
-    state: TrainState,
+    state: Any,
     fixed: Fixed,
     split: Split,
     *,
     batch_size: int,
     mesh: jax.sharding.Mesh,
-) -> tuple[dict[str, float], np.ndarray]:
-    """Returns the mean metrics, in float64, and the outputs [N K] float32 in the order of the split's examples."""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns the mean metrics, in float64, and the outputs [N K] float32 in the order of the split's examples.
+
+    Of a `Population` as `state`, with its own step, these are metrics [V] and outputs [N V K].
+    """
     pending: list[tuple[np.ndarray, Any]] = []
     fetched = []
     for rows in eval_batches(split, batch_size=batch_size):

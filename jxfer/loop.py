@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from jxfer.state import Fixed, TrainState
+from jxfer.state import Fixed
 from jxfer.step import TrainStep
 from jxfer.typing import Batch, InterruptedRun, Metrics, NonFiniteError
+
+Check = Callable[[int, Mapping[str, Any]], None]
+"""Raises NonFiniteError where the metrics of a step are not what training can go on from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Hook:
     """Calls `call(step, state)` after every `every` steps and after the last one. It must not keep the state."""
 
     every: int
-    call: Callable[[int, TrainState], None]
+    call: Callable[[int, Any], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +42,14 @@ class Window:
     """The mean training metrics of the steps up to `step` since the last window."""
 
     step: int
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
+    """Name -> float, or [V] of a population."""
     examples_per_sec: float
 
 
 def train(
     train_step: TrainStep,
-    state: TrainState,
+    state: Any,
     fixed: Fixed,
     batches: Iterator[Batch],
     *,
@@ -52,14 +57,15 @@ def train(
     log_every: int,
     on_window: Callable[[Window], None],
     hooks: Sequence[Hook] = (),
-    on_stop: Callable[[int, TrainState], None] = lambda step, state: None,
+    on_stop: Callable[[int, Any], None] = lambda step, state: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> TrainState:
+    check: Check | None = None,
+) -> Any:
     """Steps from `state.step` to `num_steps` and returns the final state; the one given is donated.
 
     Args:
       train_step: from `make_train_step`.
-      state: what moves, at any step.
+      state: what moves, at any step: a `TrainState` or a `Population`.
       fixed: what does not.
       batches: already on the devices, the first one being that of the next step.
       num_steps: optimizer updates of the phase, those before `state.step` included.
@@ -68,12 +74,13 @@ def train(
       hooks: called in order.
       on_stop: called with step and state before the loop gives up.
       should_stop: asked after every step.
+      check: called with the step and the fetched metrics of every step; None is `check_finite`.
 
     Raises:
       NonFiniteError: a metric became NaN or infinite; the message names the first step and the metric.
       InterruptedRun: `should_stop` answered true and `on_stop` has returned.
     """
-    windows = _Windows(on_window)
+    windows = _Windows(on_window, check or check_finite)
     for step in range(int(state.step) + 1, num_steps + 1):
         batch = next(batches)
         with jax.transfer_guard("disallow"):
@@ -92,7 +99,7 @@ def train(
     return state
 
 
-def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, *, last: bool) -> None:
+def _call_hooks(hooks: Sequence[Hook], step: int, state: Any, *, last: bool) -> None:
     for hook in hooks:
         if last or step % hook.every == 0:
             hook.call(step, state)
@@ -101,8 +108,8 @@ def _call_hooks(hooks: Sequence[Hook], step: int, state: TrainState, *, last: bo
 class _Windows:
     """Collects device metrics and hands out means one window late, when fetching them no longer waits."""
 
-    def __init__(self, on_window: Callable[[Window], None]):
-        self._on_window = on_window
+    def __init__(self, on_window: Callable[[Window], None], check: "Check"):
+        self._on_window, self._check = on_window, check
         self._filling: list[tuple[int, Metrics]] = []
         self._full: list[tuple[int, Metrics]] = []
         self._full_secs = 0.0
@@ -130,13 +137,13 @@ class _Windows:
         rows = jax.device_get(self._full)
         self._full = []
         for step, metrics in rows:
-            check_finite(step, metrics)
-        count = sum(float(metrics["count"]) for _, metrics in rows)
-        sums = {name: math.fsum(float(metrics[name]) for _, metrics in rows) for name in rows[0][1]}
-        means = {name: value / count for name, value in sums.items() if name not in ("count", "grad_norm")}
-        self._on_window(
-            Window(rows[-1][0], {**means, "grad_norm": sums["grad_norm"] / len(rows)}, count / self._full_secs)
-        )
+            self._check(step, metrics)
+        counts = np.sum([metrics["count"] for _, metrics in rows], axis=0, dtype=np.float64)
+        sums = {name: np.sum([m[name] for _, m in rows], axis=0, dtype=np.float64) for name in rows[0][1]}
+        means = {name: value / counts for name, value in sums.items() if name not in ("count", "grad_norm")}
+        means["grad_norm"] = sums["grad_norm"] / len(rows)
+        metrics = {name: float(value) if np.ndim(value) == 0 else value for name, value in means.items()}
+        self._on_window(Window(rows[-1][0], metrics, float(np.max(counts)) / self._full_secs))
 
 
 def check_finite(step: int, metrics: Mapping[str, Any]) -> None:

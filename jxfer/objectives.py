@@ -1,9 +1,8 @@
 """Loss and metrics of each kind of task: sums over examples on the device, means only at the end, on the host."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +57,15 @@ def classification(label_smoothing: float = 0.0) -> Classification:
     return Classification(label_smoothing)
 
 
-def means(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Merges batches of sums and divides once by the number of examples, in float64."""
+def means(sums: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Merges batches of sums and divides once by the number of examples, in float64.
+
+    Returns a float for each metric, or [V] where the sums are those of the variants of a population.
+    """
     rows = list(sums)
-    count = math.fsum(float(row["count"]) for row in rows)
-    return {name: math.fsum(float(row[name]) for row in rows) / count for name in rows[0] if name != "count"}
+    totals = {name: np.sum([np.asarray(row[name], np.float64) for row in rows], axis=0) for name in rows[0]}
+    return {name: _scalar(total / totals["count"]) for name, total in totals.items() if name != "count"}
+
+
+def _scalar(value: Any) -> Any:
+    return float(value) if np.ndim(value) == 0 else value

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jxfer.config import Group, OptimizerName, Schedule, TrainConfig
@@ -28,10 +29,10 @@ def optimizer(train: TrainConfig, partition: Partition, *, num_steps: int) -> op
     return _optimizer(neutral, partition, num_steps)
 
 
-def set_hyperparams(opt_state: PyTree, *, learning_rate: float, weight_decay: float) -> PyTree:
-    """Returns the optimizer state with this base learning rate and weight decay."""
-    values = {"learning_rate": jnp.float32(learning_rate), "weight_decay": jnp.float32(weight_decay)}
-    return optax.tree.set(opt_state, **values)
+def set_hyperparams(opt_state: PyTree, *, learning_rate: ArrayLike, weight_decay: ArrayLike) -> PyTree:
+    """Returns the optimizer state with this base learning rate and weight decay; of a population, with [V] of each."""
+    values = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    return optax.tree.set(opt_state, **{name: jnp.asarray(value, jnp.float32) for name, value in values.items()})
 
 
 def schedule_scale(schedule: Schedule, step: jax.Array, *, num_steps: int, warmup_steps: int) -> Float[Array, ""]:

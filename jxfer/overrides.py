@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jxfer.checks import describe, near_choice
-from jxfer.config import Experiment, SearchConfig
+from jxfer.config import Experiment
 from jxfer.paths import nearest, unknown
 from jxfer.typing import InputError
 
@@ -155,10 +155,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check_effect(experiment: Experiment, options: Mapping[str, str]) -> None:
-    for field in dataclasses.fields(SearchConfig):
-        train, tried = f"train.{field.name}", getattr(experiment.search, field.name)
+    for name, tried in vars(experiment.search).items():
+        train, search = f"train.{name}", f"search.{name}"
         if train in options and tried:
-            search = f"search.{field.name}"
             values = ", ".join(f"{value:g}" for value in tried)
             raise InputError(f"--{train} has no effect: {search} tries {values}; give --{search} {options[train]}")
 

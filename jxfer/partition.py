@@ -284,7 +284,7 @@ def frozen_boundary(partition: Partition, stages: Sequence[str]) -> str | None:
     return None if None in moving or first in stages[:1] else first
 
 
-def fingerprint(arrays: Mapping[Path, jax.Array]) -> dict[Path, str]:
+def fingerprint(arrays: Mapping[Path, Any]) -> dict[Path, str]:
     """Returns a hash of the bits of each array; equal exactly where dtype, shape and every bit are."""
     return {path: _digest(value) for path, value in arrays.items()}
 
@@ -373,7 +373,7 @@ def _copy(model: nnx.Module) -> nnx.Module:
     return nnx.merge(*nnx.split(model))
 
 
-def _digest(value: jax.Array) -> str:
+def _digest(value: Any) -> str:
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     digest = hashlib.blake2b(f"{value.dtype}{value.shape}".encode(), digest_size=16)
@@ -382,7 +382,7 @@ def _digest(value: jax.Array) -> str:
     return digest.hexdigest()
 
 
-def _whole_shards(value: jax.Array) -> Iterable[np.ndarray]:
+def _whole_shards(value: Any) -> Iterable[np.ndarray]:
     """Yields the array or, where other processes hold a part, one replica of each shard that this one holds."""
     if not isinstance(value, jax.Array) or value.is_fully_addressable:
         return [np.asarray(value)]

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 
 from jxfer import data
@@ -17,16 +19,21 @@ from jxfer.cost import Cost
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
 from jxfer.features import Extraction, Extractor, stored_splits
-from jxfer.logs import LogRow
+from jxfer.logs import LogRow, Row
 from jxfer.loop import Hook, Session, Window, check_finite, train
-from jxfer.partition import Audit, fingerprint
-from jxfer.plan import PlannedPhase, cost_of_phase, load_data, phase_steps, start_phase
-from jxfer.sharding import num_batch_shards, pad_batch, put_batch
-from jxfer.state import Fixed, TrainState, place_state
-from jxfer.step import EvalStep
-from jxfer.typing import Arrays, AuditError, Batch, InputError
+from jxfer.objectives import classification
+from jxfer.partition import FROZEN, Audit, Partition, fingerprint
+from jxfer.plan import PlannedPhase, cost_of_phase, phase_steps, prepare_images, start_phase
+from jxfer.sharding import make_mesh, num_batch_shards, pad_batch, put_batch
+from jxfer.state import Fixed, TrainState, init_state, place_state
+from jxfer.step import EvalStep, make_eval_step
+from jxfer.task import load_data
+from jxfer.typing import Arrays, AuditError, Batch, HostBatch, InputError
 
 EVAL_BATCH_SIZE = 256
+
+Put = Callable[[HostBatch, jax.sharding.Mesh], Batch]
+"""Puts a batch onto the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,17 +97,17 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     before = fingerprint(_all_arrays(state, fixed))
     splits, features = store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
-    batch = next(_device_batches(context, planned, splits.train, index, start=0))
+    batch = next(device_batches(context, planned, splits.train, index, start=0))
     cost = cost_of_phase(experiment, method, planned, context.num_classes, state, fixed, batch)
     checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    folder = _checkpoint_folder(context.directory, context.variant, index)
+    folder = checkpoint_folder(context.directory, context.variant, index)
     with _Keeper(context, planned, fixed, eval_step, splits.validation, folder) as keeper:
         state = keeper.resume(state)
         state = train(
             train_step,
             state,
             fixed,
-            _device_batches(context, planned, splits.train, index, start=int(state.step)),
+            device_batches(context, planned, splits.train, index, start=int(state.step)),
             num_steps=planned.num_steps,
             log_every=experiment.train.log_every,
             on_window=functools.partial(_log_window, context, planned),
@@ -195,7 +202,7 @@ class _Keeper:
             mesh=self._context.mesh,
         )
         check_finite(step, metrics)
-        self._context.log(_row(self._context, self._planned, step, "validation") | metrics)
+        self._context.log(log_row(self._context, self._planned, step, "validation") | metrics)
         if not self.best_metrics or rank(metrics) > rank(self.best_metrics):
             self.best_step, self.best_metrics = step, metrics
             # Copied, because the loop donates the state to the next step.
@@ -253,16 +260,19 @@ class _Keeper:
         self._context.session.progress(what, step, self._planned.num_steps)
 
 
-def newest_checkpoint(directory: Path, *, variant: str, index: int) -> int:
-    """Returns the step from which a phase will resume, 0 where nothing was saved."""
-    folder = _checkpoint_folder(directory, variant, index)
-    if not folder.exists():
-        return 0
-    with Checkpoints(folder) as checkpoints:
-        return checkpoints.latest() or 0
+def evaluate_model(
+    experiment: Experiment, num_classes: int, model: nnx.Module, split: Split
+) -> tuple[dict[str, float], np.ndarray]:
+    """Evaluates a whole model on the inputs of a split, however it was trained; returns metrics and outputs [N K]."""
+    partition = Partition.of(model, [("**", FROZEN)])
+    state, fixed = init_state(model, partition, optax.identity())
+    prepare = prepare_images(experiment, num_classes, train=False)
+    eval_step = make_eval_step(classification(), prepare=prepare)
+    return evaluate(eval_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=make_mesh(experiment.mesh))
 
 
-def _checkpoint_folder(directory: Path, variant: str, index: int) -> Path:
+def checkpoint_folder(directory: Path, variant: str, index: int) -> Path:
+    """Returns where a phase of a run keeps what it resumes from; a population has a name among the variants."""
     return directory / "checkpoints" / variant / str(index)
 
 
@@ -275,15 +285,16 @@ def _all_arrays(state: TrainState, fixed: Fixed) -> Arrays:
     return {**state.params, **state.variables, **fixed.params, **fixed.variables}
 
 
-def _device_batches(
-    context: Context, planned: PlannedPhase, split: Split, index: int, *, start: int
+def device_batches(
+    context: Context, planned: PlannedPhase, split: Split, index: int, *, start: int, put: Put = put_batch
 ) -> Iterator[Batch]:
+    """Yields the batches of a phase from step `start` on, placed by `put`; the same for all variants of a run."""
     train_config = context.experiment.train
     multiple = num_batch_shards(context.mesh) * train_config.num_microbatches
     _check_padding(train_config.batch_size, multiple, planned)
     seed = int.from_bytes(hashlib.blake2b(f"{context.seed}/{index}".encode(), digest_size=4).digest())
     for batch in data.batches(split, batch_size=train_config.batch_size, seed=seed, start=start):
-        yield put_batch(pad_batch(batch, multiple=multiple), context.mesh)
+        yield put(pad_batch(batch, multiple=multiple), context.mesh)
 
 
 def _check_padding(batch_size: int, multiple: int, planned: PlannedPhase) -> None:
@@ -297,10 +308,11 @@ def _check_padding(batch_size: int, multiple: int, planned: PlannedPhase) -> Non
         )
 
 
-def _row(context: Context, planned: PlannedPhase, step: int, split: str) -> dict:
+def log_row(context: Context, planned: PlannedPhase, step: int, split: str) -> Row:
+    """Returns what every row of the log says."""
     return {"step": step, "phase": planned.phase.name, "variant": context.variant, "split": split}
 
 
 def _log_window(context: Context, planned: PlannedPhase, window: Window) -> None:
-    row = _row(context, planned, window.step, "train")
+    row = log_row(context, planned, window.step, "train")
     context.log(row | window.metrics | {"examples_per_sec": window.examples_per_sec})

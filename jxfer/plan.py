@@ -1,44 +1,47 @@
 """From a method and a model to checked phases, costed by compiling their steps before anything trains."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jxfer import models, optim, paths
-from jxfer.config import DataConfig, Experiment, Method, ModelConfig, TrainConfig
+from jxfer import models, optim
+from jxfer.config import Experiment, Method, TrainConfig
 from jxfer.cost import Cost, cost_of
-from jxfer.data import Dataset, Prepare, load_dataset
-from jxfer.known import known_of, resolve
+from jxfer.data import Prepare
+from jxfer.known import resolve
 from jxfer.models.stages import pack
 from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
 from jxfer.source import check_source
-from jxfer.state import Fixed, TrainState, init_state
-from jxfer.step import EvalStep, FromStage, TrainStep, from_input, make_eval_step, make_train_step
-from jxfer.typing import Arrays, Batch, Input, InputError
-from jxfer.weights.load import load_into
+from jxfer.state import Fixed, Population, TrainState, init_population, init_state
+from jxfer.step import (
+    EvalStep,
+    FromStage,
+    TrainStep,
+    from_input,
+    make_eval_step,
+    make_population_eval_step,
+    make_population_step,
+    make_train_step,
+)
+from jxfer.task import Task, base_model, target_model, task_of
+from jxfer.typing import Arrays, Batch
+from jxfer.variants import PlannedPopulation, Variant, device_memory, parts_of, variants
 
 _DTYPES = {"image": jnp.uint8, "text": jnp.int32, "audio": jnp.int16}
 """Of what a data set holds."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a plan and a run need to know of the source and the target."""
+Makers: TypeAlias = tuple[Callable[..., TrainStep], Callable[..., EvalStep]]
+"""What makes the training and the evaluation step of a phase."""
 
-    source_classes: tuple[str, ...]
-    target_classes: tuple[str, ...]
-    input_shape: tuple[int, ...]
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """How the target's examples are prepared."""
-    input: Input = "image"
+POPULATION: Makers = (make_population_step, make_population_eval_step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +51,15 @@ class Plan:
     method: str
     train: TrainConfig
     phases: tuple[tuple[PlannedPhase, Cost], ...]
+    populations: tuple[PlannedPopulation, ...] = ()
+    """Of the phases: which variants of the search train together."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `jxfer plan --json` prints; bytes and floating-point operations per optimizer step."""
-        return {"method": self.method, "phases": [self._phase_json(phase, cost) for phase, cost in self.phases]}
+        return {"method": self.method, "phases": list(map(self._phase_json, self.phases, self.populations))}
 
-    def _phase_json(self, planned: PlannedPhase, cost: Cost) -> dict[str, Any]:
+    def _phase_json(self, costed: tuple[PlannedPhase, Cost], population: PlannedPopulation) -> dict[str, Any]:
+        planned, cost = costed
         return {
             "name": planned.phase.name,
             "steps": planned.num_steps,
@@ -62,6 +68,7 @@ class Plan:
             **dataclasses.asdict(cost),
             "frozen_boundary": planned.boundary,
             "features": planned.why,
+            "population": population.to_json(),
             "leaves": [self._leaf_json(planned.partition, leaf) for leaf in planned.partition.leaves],
         }
 
@@ -82,70 +89,38 @@ class Plan:
         if not self.phases:
             return f"{self.method}: nothing trains"
         parts = []
-        for planned, cost in self.phases:
+        for (planned, cost), population in zip(self.phases, self.populations, strict=True):
             parts += [
                 f"{self.method} · phase {planned.phase.name} · {planned.num_steps} steps",
                 str(planned.partition),
                 f"one step: {cost.step_flops:,.0f} FLOPs, {cost.temp_bytes:,} temporary bytes; "
                 f"optimizer state: {cost.optimizer_bytes:,} bytes",
                 f"features: {planned.why}",
+                *([f"variants: {population}"] if sum(population.parts) > 1 else []),
                 "",
             ]
         return "\n".join(parts).rstrip()
 
 
-def base_model(config: ModelConfig, method: Method, task: Task, *, seed: int) -> nnx.Module:
-    """Returns the model before transfer, with random weights, for the classes of what the method starts from."""
-    # Weights that come without a head leave the target's; then every method that transfers has to bring one.
-    classes = (method.start == "source" and task.source_classes) or task.target_classes
-    return models.build(config, num_classes=len(classes), input_shape=task.input_shape, rngs=nnx.Rngs(seed))
-
-
-def target_model(
-    model: nnx.Module, method: Method, task: Task, *, source: Mapping[str, Any] | None, seed: int
-) -> nnx.Module:
-    """Makes of a base model the one that a method trains: the source's weights, then the method's surgeries.
-
-    Args:
-      model: from `base_model`; altered in place and returned.
-      method: where to start and what to alter.
-      task: the classes of source and target.
-      source: the source's arrays; None leaves the weights as they are, as a plan may.
-      seed: of every random weight that surgeries bring.
-
-    Raises:
-      InputError: the weights do not fit the model, or the head does not fit the target's classes.
-    """
-    transfers = method.start == "source"
-    classes = task.source_classes if transfers else task.target_classes
-    if transfers and source is not None:
-        fresh = [pattern for surgery in method.surgeries for pattern in surgery.fresh]
-        load_into(model, _except(fresh, source, arrays_of(model)), what="source weights")
-    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
-    for surgery in method.surgeries:
-        surgery(model, source_classes=classes, target_classes=task.target_classes, data=task.data, rngs=rngs)
-    head = getattr(model, "head", None)
-    output = getattr(head, "out", head)
-    fits = not isinstance(output, nnx.Linear) or output.out_features == len(task.target_classes)
-    if not fits or (not method.surgeries and classes != task.target_classes):
-        raise InputError(
-            f"method `{method.name}` keeps the head of the source's {len(classes)} classes, which are not the target's "
-            f"{len(task.target_classes)}; add surgeries=(NewHead(),) or (KeepRows(),)"
-        )
-    return model
-
-
 def phase_steps(
-    experiment: Experiment, method: Method, planned: PlannedPhase, num_classes: int
+    experiment: Experiment,
+    method: Method,
+    planned: PlannedPhase,
+    num_classes: int,
+    makers: Makers = (make_train_step, make_eval_step),
 ) -> tuple[TrainStep, EvalStep]:
-    """Returns the training and evaluation steps of a phase; equal phases get the very same ones."""
+    """Returns the training and evaluation steps of a phase; equal phases get the very same ones.
+
+    `makers` are those of a population where variants train as one.
+    """
     train = experiment.train
     objective = classification(train.label_smoothing)
     apply = FromStage(planned.boundary) if planned.stored and planned.boundary else from_input
     train_prepare, eval_prepare = (
         (None, None) if planned.stored else (prepare_images(experiment, num_classes, train=t) for t in (True, False))
     )
-    train_step = make_train_step(
+    make_train, make_eval = makers
+    train_step = make_train(
         objective,
         apply=apply,
         prepare=train_prepare,
@@ -153,7 +128,7 @@ def phase_steps(
         num_microbatches=train.num_microbatches,
         ema_decay=train.ema_decay,
     )
-    return train_step, make_eval_step(objective, apply=apply, prepare=eval_prepare)
+    return train_step, make_eval(objective, apply=apply, prepare=eval_prepare)
 
 
 def prepare_images(experiment: Experiment, num_classes: int, *, train: bool) -> Prepare:
@@ -166,21 +141,57 @@ def start_phase(
 ) -> tuple[TrainState, Fixed]:
     """Returns state and fixed part at the start of a phase, the reference being what penalties pull towards."""
     train = experiment.train
-    tx = optim.optimizer(train, planned.partition, num_steps=planned.num_steps)
-    # A new head has no pretrained value to be pulled towards (Li et al. 2018, section 3).
-    pretrained = tuple(leaf.path for leaf in planned.partition.trainable if not leaf.path.startswith("head/"))
-    state, fixed = init_state(
-        model,
-        planned.partition,
-        tx,
-        key=key,
-        ema=train.ema_decay is not None,
-        reference=pretrained if method.penalties else (),
-    )
+    state, fixed = init_state(model, planned.partition, **_start(train, method, planned, key))
     opt_state = optim.set_hyperparams(
         state.opt_state, learning_rate=train.learning_rate, weight_decay=train.weight_decay
     )
     return dataclasses.replace(state, opt_state=opt_state), fixed
+
+
+def start_population(
+    variants: Sequence[Variant],
+    planned: PlannedPhase,
+    models: Sequence[nnx.Module],
+    *,
+    key: jax.Array,
+    multiple: int = 1,
+) -> tuple[Population, Fixed]:
+    """Returns population and fixed part at the start of a phase: each variant's model under its own numbers.
+
+    Copies of the last variant fill the population up to a multiple of `multiple`.
+    """
+    first = variants[0]
+    start = _start(first.train, first.method, planned, key)
+    population, fixed = init_population(models, planned.partition, **start, multiple=multiple)
+    filled = [*variants, *[variants[-1]] * (-len(variants) % multiple)]
+    opt_state = optim.set_hyperparams(
+        population.state.opt_state,
+        learning_rate=np.asarray([variant.train.learning_rate for variant in filled]),
+        weight_decay=np.asarray([variant.train.weight_decay for variant in filled]),
+    )
+    state = dataclasses.replace(population.state, opt_state=opt_state)
+    return dataclasses.replace(population, state=state), dataclasses.replace(fixed, numbers=_numbers(filled))
+
+
+def _start(train: TrainConfig, method: Method, planned: PlannedPhase, key: jax.Array) -> dict[str, Any]:
+    # A new head has no pretrained value to be pulled towards (Li et al. 2018, section 3).
+    pretrained = tuple(leaf.path for leaf in planned.partition.trainable if not leaf.path.startswith("head/"))
+    return {
+        "tx": optim.optimizer(train, planned.partition, num_steps=planned.num_steps),
+        "key": key,
+        "ema": train.ema_decay is not None,
+        "reference": pretrained if method.penalties else (),
+    }
+
+
+def _numbers(variants: Sequence[Variant]) -> dict[str, jax.Array]:
+    """Returns the numbers, [V] float32 each, in which the steps of the variants differ beyond rate and decay."""
+    smoothing = [variant.train.label_smoothing for variant in variants]
+    weights = [[getattr(penalty, "weight", None) for penalty in variant.method.penalties] for variant in variants]
+    numbers = {"label_smoothing": jnp.float32(smoothing)} if len(set(smoothing)) > 1 else {}
+    if any(weight != weights[0] for weight in weights):
+        numbers["penalty_weight"] = jnp.float32([weight[0] for weight in weights])
+    return numbers
 
 
 def cost_of_phase(
@@ -197,71 +208,6 @@ def cost_of_phase(
     return cost_of(train_step, state, fixed, batch)
 
 
-@functools.lru_cache(maxsize=8)
-def load_data(data_config: DataConfig) -> Dataset:
-    """Loads a data set once per process."""
-    return load_dataset(data_config)
-
-
-def task_of(experiment: Experiment) -> Task:
-    """Returns the classes and examples' shape of a resolved experiment's source and target, without any weights.
-
-    Raises:
-      InputError: a data set or the run that the weights come from cannot be read, or the model reads something else.
-    """
-    target = load_data(experiment.target)
-    if experiment.source.weights is None:
-        source = load_data(experiment.source.data)
-        _check_channels(source.input_shape[-1], target)
-        classes = source.class_names
-    else:
-        known = known_of(experiment.source, experiment.model)
-        if known.channels is not None:
-            _check_channels(known.channels, target)
-        classes = known.classes
-    return task_between(classes, target, experiment)
-
-
-def task_between(source_classes: tuple[str, ...], target: Dataset, experiment: Experiment) -> Task:
-    """Returns the task of transferring from a head of these classes.
-
-    Raises:
-      InputError: the experiment's model reads something else than the target has.
-    """
-    reads = models.reads(experiment.model)
-    if reads != target.input:
-        raise InputError(f"`{experiment.model.name}` reads {reads}, but '{experiment.target.name}' has {target.input}")
-    _check_fits(models.size_of(experiment.model), target, experiment)
-    return Task(source_classes, target.class_names, target.input_shape, experiment.target, target.input)
-
-
-def _check_fits(size: Any, target: Dataset, experiment: Experiment) -> None:
-    """Refuses sounds at another rate, and tokens beyond the table of embeddings, which would be clamped in silence."""
-    name = experiment.model.name
-    rate = getattr(size, "sample_rate", None)
-    if target.input == "audio" and rate not in (None, target.sample_rate):
-        raise InputError(
-            f"`{name}` hears {rate} samples per second, '{target.name}' has {target.sample_rate}; "
-            f"set target.sample_rate={rate}"
-        )
-    if target.input == "text":
-        rows = size.vocab_size
-        largest = max(int(split.read(np.arange(len(split)))["text"].max(initial=0)) for split in target.splits.values())
-        if largest >= rows:
-            raise InputError(
-                f"`{name}` has {rows} embeddings, but '{target.name}' has token {largest}; choose the tokeniser that "
-                f"the weights were trained with, or `--model.size vocab_size={largest + 1}`"
-            )
-
-
-def _check_channels(channels: int, target: Dataset) -> None:
-    if target.input == "image" and channels != target.input_shape[-1]:
-        raise InputError(
-            f"the source's images have {channels} channels, the target's {target.input_shape[-1]}; "
-            f"set target.channels={channels}"
-        )
-
-
 def plan_experiment(experiment: Experiment, method: Method) -> Plan:
     """Plans and costs one method of an experiment; never trains."""
     experiment = resolve(experiment)
@@ -276,23 +222,59 @@ def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:
     model = nnx.eval_shape(
         lambda: target_model(base_model(experiment.model, method, task, seed=0), method, task, source=None, seed=0)
     )
-    phases = []
-    for planned in plan_phases(experiment, method, model):
-        state, fixed = _abstract_state(experiment, method, planned, model)
-        batch = _abstract_batch(experiment, planned, model, task)
-        cost = cost_of_phase(experiment, method, planned, len(task.target_classes), state, fixed, batch)
-        phases.append((planned, cost))
-    return Plan(method.name, experiment.train, tuple(phases))
+    searched = variants(experiment, method)
+    planned = plan_phases(experiment, method, model)
+    phases = tuple((each, abstract_cost(experiment, method, each, model, task)) for each in planned)
+    populations = tuple(plan_population(experiment, searched, each, model, task) for each in planned)
+    return Plan(method.name, experiment.train, phases, populations)
 
 
-def _except(fresh: Sequence[str], source: Mapping[str, Any], own: Mapping[str, Any]) -> Arrays:
-    """Returns the source's arrays, but the model's own for paths that a surgery is about to replace anyway."""
+def plan_population(
+    experiment: Experiment, searched: Sequence[Variant], planned: PlannedPhase, model: nnx.Module, task: Task
+) -> PlannedPopulation:
+    """Plans which variants train a phase together, from what two of them take in memory beyond what one takes."""
+    count, most = len(searched), experiment.search.population
+    why = "one variant" if count == 1 else planned.apart or ("search.population is 1" if most == 1 else None)
+    if why is not None:
+        return PlannedPopulation((1,) * count, why)
+    one = abstract_cost(experiment, searched[0].method, planned, model, task)
+    batch = _abstract_batch(experiment, planned, model, task)
+    population, fixed = _abstract_population(searched[:2], planned, model)
+    train_step, _ = phase_steps(experiment, searched[0].method, planned, len(task.target_classes), POPULATION)
+    two = cost_of(train_step, population, fixed, batch)
+    # Beside the state there are its gradients and the best values so far.
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((population.state, population.state.params)))
+    bytes_each = held // 2 + max(two.temp_bytes - one.temp_bytes, 0)
+    memory = device_memory()
+    parts = parts_of(count, bytes_each=bytes_each, memory=memory, most=most)
+    why = "one batch and one frozen part serve all" if len(parts) == 1 else _why_split(parts, bytes_each, memory, most)
+    return PlannedPopulation(parts, why, bytes_each)
 
-    def replaced(arrays: Mapping[str, Any]) -> set[str]:
-        return {path for path in arrays if any(paths.match(path, pattern) for pattern in fresh)}
 
-    kept = {path: value for path, value in source.items() if path not in replaced(source)}
-    return kept | {path: own[path] for path in replaced(own)}
+def _why_split(parts: Sequence[int], bytes_each: int, memory: int | None, most: int | None) -> str:
+    limit = (
+        f"search.population is {most}" if most is not None and max(parts) == most else f"{memory:,} bytes may be used"
+    )
+    return f"{len(parts)} populations, one after the other: a variant takes {bytes_each:,} bytes and {limit}"
+
+
+def abstract_cost(experiment: Experiment, method: Method, planned: PlannedPhase, model: nnx.Module, task: Task) -> Cost:
+    """Costs one step of one variant on shapes alone."""
+    state, fixed = _abstract_state(experiment, method, planned, model)
+    batch = _abstract_batch(experiment, planned, model, task)
+    return cost_of_phase(experiment, method, planned, len(task.target_classes), state, fixed, batch)
+
+
+def _abstract_population(
+    searched: Sequence[Variant], planned: PlannedPhase, model: nnx.Module
+) -> tuple[Population, Fixed]:
+    graphdef = nnx.graphdef(model)
+
+    def build(arrays: Arrays) -> tuple[Population, Fixed]:
+        models = [planned.partition.assemble(graphdef, arrays)] * len(searched)
+        return start_population(searched, planned, models, key=jax.random.key(0))
+
+    return jax.eval_shape(build, arrays_of(model))
 
 
 def _abstract_state(

@@ -9,6 +9,7 @@ from jxfer import models, paths
 from jxfer.config import Experiment, Method, Phase
 from jxfer.partition import FROZEN, Leaf, Partition, frozen_boundary
 from jxfer.typing import InputError
+from jxfer.variants import why_not_together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class PlannedPhase:
     stored: bool
     """Whether the phase trains on stored activations before `boundary`."""
     why: str
+    apart: str | None = None
+    """Why variants cannot train this phase as one population; None where they can."""
 
 
 def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tuple[PlannedPhase, ...]:
@@ -38,12 +41,15 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
         round(sum(phase.share for phase in method.phases[: i + 1]) * experiment.train.num_steps)
         for i in range(len(method.phases))
     ]
-    planned = []
+    planned: list[PlannedPhase] = []
+    moved: frozenset[str] = frozenset()
     for phase, start, end in zip(method.phases, [0, *ends], ends, strict=False):
         partition = _phase_partition(method, phase, model, rules, layers)
         boundary = frozen_boundary(partition, stages)
         stored, why = _feature_choice(experiment, boundary)
-        planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why))
+        apart = why_not_together(partition, boundary, moved)
+        planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why, apart))
+        moved |= {leaf.path for leaf in partition.leaves if leaf.moves and leaf.kind != "random"}
     return tuple(planned)
 
 

@@ -33,6 +33,8 @@ class Source:
     """Of published weights: what became of every leaf and tensor."""
     directory: Path | None = None
     """Of the run that they are of; None for published weights."""
+    data: DataConfig | None = None
+    """What that run was trained on."""
 
     @property
     def fresh(self) -> tuple[str, ...]:
@@ -114,7 +116,9 @@ def load_source(directory: Path) -> Source:
       InputError: there is no finished run in `directory`.
     """
     arrays, metadata = _final(directory)
-    return Source(arrays, tuple(metadata["classes"]), checkpoint.weights_hash(arrays), directory=directory)
+    trained_on = from_dict(DataConfig, metadata["data"]) if "data" in metadata else None
+    weights_hash = checkpoint.weights_hash(arrays)
+    return Source(arrays, tuple(metadata["classes"]), weights_hash, directory=directory, data=trained_on)
 
 
 def load_run(directory: Path, *, base: Source | None = None) -> FinishedRun:

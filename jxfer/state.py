@@ -69,6 +69,11 @@ class Population:
     alive: PyTree
     """[V] bool: whether every loss and gradient norm was finite so far; what is not alive moves no more."""
 
+    @property
+    def step(self) -> PyTree:
+        """How many updates it has taken."""
+        return self.state.step
+
 
 def init_state(
     model: nnx.Module,
@@ -147,15 +152,40 @@ def merge_state(state: TrainState, fixed: Fixed) -> Arrays:
     return fixed.definition.partition.merge(moving, {**fixed.params, **fixed.variables})
 
 
-def stack_population(states: Sequence[TrainState], *, multiple: int = 1) -> Population:
-    """Returns the population of these variants, which must stand at the same step; everything is copied.
+def init_population(
+    models: Sequence[nnx.Module],
+    partition: Partition,
+    tx: optax.GradientTransformation,
+    *,
+    key: jax.Array | None = None,
+    ema: bool = False,
+    reference: tuple[str, ...] = (),
+    multiple: int = 1,
+) -> tuple[Population, Fixed]:
+    """Splits the models of several variants once, before the loop; see `init_state` for the other arguments.
 
-    Copies of the last one that are not alive fill it up to a multiple of `multiple`.
+    Args:
+      models: of one structure, one for each variant; what is frozen is that of the first.
+      partition: the labels of the phase.
+      tx: as for one; hyperparameters in its state can be set to [V] arrays afterwards.
+      key: shared, so that all variants see the same augmented images.
+      ema: whether to keep averages.
+      reference: paths whose starting values penalties will need.
+      multiple: copies of the last variant that are not alive fill the population up to a multiple of it.
     """
-    filled = [*states, *[states[-1]] * (-len(states) % multiple)]
-    stacked = {name: stack([getattr(state, name) for state in filled]) for name in STACKED}
-    state = dataclasses.replace(states[0], **stacked, step=jnp.copy(states[0].step), key=jnp.copy(states[0].key))
-    return Population(state, jnp.arange(len(filled)) < len(states))
+    models = [*models, *[models[-1]] * (-len(models) % multiple)]
+    state, fixed = init_state(models[0], partition, tx, key=key, ema=ema, reference=reference)
+    kinds = {leaf.path: leaf.kind for leaf in partition.leaves}
+    params, variables = _by_kind(stack([partition.split(arrays_of(model))[0] for model in models]), kinds)
+    stacked = dataclasses.replace(
+        state,
+        params=params,
+        variables=variables,
+        opt_state=jax.vmap(tx.init)(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else {},
+    )
+    start = {path: jnp.copy(params[path]) for path in fixed.reference}
+    return Population(stacked, jnp.ones(len(models), bool)), dataclasses.replace(fixed, reference=start)
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:

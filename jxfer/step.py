@@ -108,7 +108,7 @@ def make_population_step(
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         alive = population.alive & finite
         state = dataclasses.replace(_where_alive(alive, moved, before), step=moved.step, key=moved.key)
-        metrics = {name: jnp.where(alive, value, jnp.nan) for name, value in metrics.items()}
+        metrics = {name: jnp.where(alive | (name == "count"), value, jnp.nan) for name, value in metrics.items()}
         return _keep_placed(Population(state, alive), fixed.definition), metrics
 
     return jax.jit(population_step, donate_argnums=0)

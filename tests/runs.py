@@ -48,7 +48,8 @@ def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
         return sharding.make_mesh(config, devices=jax.devices()[:count])
 
-    monkeypatch.setattr("jxfer.run.make_mesh", make_mesh)
+    for user in ("search", "phase"):
+        monkeypatch.setattr(f"jxfer.{user}.make_mesh", make_mesh)
 
 
 def write_folder(root: Path, class_names: Sequence[str], *, per_class: int = 30) -> str:

@@ -10,8 +10,8 @@ import runs
 
 from jxfer import ablate, cli, data, methods, run
 from jxfer.config import Experiment, SearchConfig, SourceConfig
-from jxfer.plan import load_data
-from jxfer.run import Job
+from jxfer.search import Job
+from jxfer.task import load_data
 from jxfer.typing import InputError, InterruptedRun
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

@@ -7,7 +7,7 @@ import pytest
 
 from jxfer import directory, methods
 from jxfer.config import DataConfig, Experiment, ModelConfig, SourceConfig
-from jxfer.plan import task_of
+from jxfer.task import task_of
 from jxfer.typing import InputError
 
 EXPERIMENT = Experiment(name="mine", methods=(methods.scratch,), shots=(1,), seeds=1)

@@ -13,7 +13,8 @@ from jxfer import models
 from jxfer.config import Experiment, ModelConfig, TrainConfig
 from jxfer.methods import METHODS
 from jxfer.partition import FROZEN, arrays_of
-from jxfer.plan import base_model, plan_phases, start_phase, target_model
+from jxfer.plan import plan_phases, start_phase
+from jxfer.task import base_model, target_model
 
 NEW = "new"
 """A head that begins at zero, instead of the source's rows."""

@@ -24,9 +24,11 @@ from jxfer.config import (
     SourceConfig,
     TrainConfig,
 )
+from jxfer.data import Dataset
 from jxfer.methods import feature_retraining, fine_tuning, linear_probe, lp_ft, partial, zero_shot
 from jxfer.partition import arrays_of
-from jxfer.plan import Task, base_model, plan_method, plan_phases, start_phase, target_model
+from jxfer.plan import plan_method, plan_phases, start_phase
+from jxfer.task import Task, base_model, target_model
 from jxfer.typing import InputError
 
 EXPERIMENT = Experiment("test", train=TrainConfig(num_steps=10, batch_size=4, weight_decay=0.2))
@@ -239,8 +241,8 @@ def test_a_step_on_stored_features_costs_a_small_share_of_the_online_one():
 
 
 def test_the_classes_come_from_the_data_and_from_the_record_of_a_run(tmp_path, monkeypatch):
-    dataset = plan.Dataset("fake", "1.0.0", tuple("xyz"), {}, (8, 8, 1))
-    monkeypatch.setattr(plan, "load_data", lambda config: dataset)
+    dataset = Dataset("fake", "1.0.0", tuple("xyz"), {}, (8, 8, 1))
+    monkeypatch.setattr("jxfer.task.load_data", lambda config: dataset)
     assert plan.task_of(EXPERIMENT) == Task(tuple("xyz"), tuple("xyz"), (8, 8, 1))
 
     def task_from(weights):

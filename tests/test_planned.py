@@ -8,8 +8,9 @@ from flax import nnx
 from jxfer import methods, models
 from jxfer.config import Experiment, Group, Method, ModelConfig, Phase, TrainConfig
 from jxfer.partition import FROZEN
-from jxfer.plan import Task, plan_method, plan_phases
+from jxfer.plan import plan_method, plan_phases
 from jxfer.surgery.head import NewHead
+from jxfer.task import Task
 from jxfer.typing import InputError
 
 SIZE = (("hidden_dim", "64"), ("num_layers", "4"), ("num_heads", "2"), ("mlp_dim", "128"), ("patch_size", "4"))

@@ -18,7 +18,7 @@ import runs
 from jxfer import checkpoint, methods, run
 from jxfer.config import Experiment, Group, ModelConfig, SearchConfig
 from jxfer.loop import Session
-from jxfer.run import Job
+from jxfer.search import Job
 from jxfer.typing import InterruptedRun
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

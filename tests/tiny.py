@@ -9,7 +9,7 @@ from jxfer.data import ArraySplit
 from jxfer.models.cifar_resnet import CifarResNetConfig
 from jxfer.models.convnet import ConvNetConfig
 from jxfer.models.resnet import ResNetConfig
-from jxfer.plan import Task
+from jxfer.task import Task
 
 CONFIGS = {
     "convnet": ConvNetConfig(widths=(4, 6, 8)),

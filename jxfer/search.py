@@ -1,0 +1,224 @@
+"""All variants of one job through the phases of its method, alone or as populations; validation chooses afterwards."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from jxfer import config, logs
+from jxfer.config import Experiment, Method, ModelConfig
+from jxfer.data import Drawn
+from jxfer.loop import Session
+from jxfer.partition import Audit, arrays_of, fingerprint
+from jxfer.phase import Context, PhaseResult, Splits, evaluate_model, run_phase
+from jxfer.plan import PlannedPhase, abstract_cost, plan_phases, plan_population
+from jxfer.population import newest_checkpoint, run_population
+from jxfer.sharding import make_mesh
+from jxfer.source import Source
+from jxfer.task import Task, base_model, target_model
+from jxfer.typing import Arrays, AuditError, NonFiniteError
+from jxfer.variants import PlannedPopulation, Variant, variants
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One cell of the grid."""
+
+    experiment: Experiment
+    method: Method
+    shots: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of the run and its folder."""
+        return f"{self.method.name}-shots{'all' if self.shots is None else self.shots}-seed{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """The name of the run for people."""
+        return f"{self.method.name} · {'all' if self.shots is None else self.shots} shots · seed {self.seed}"
+
+    @property
+    def config_hash(self) -> str:
+        """Changes with every setting that can change the result, and with nothing else."""
+        method = dataclasses.replace(self.method, summary="")
+        cell = dataclasses.replace(self.experiment, methods=(method,), shots=(self.shots,), seeds=1, wandb=False)
+        return config.config_hash({"experiment": config.to_dict(cell), "seed": self.seed})
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A variant on its way through the phases."""
+
+    context: Context
+    model: nnx.Module
+    """As the phases so far left it."""
+    phases: tuple[PhaseResult, ...] = ()
+    error: NonFiniteError | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A variant after training: the whole model, how it does on validation, and its phases."""
+
+    variant: str
+    model: nnx.Module
+    validation_metrics: dict[str, float]
+    phases: tuple[PhaseResult, ...]
+
+
+def train_variants(
+    job: Job, task: Task, drawn: Drawn, directory: Path, session: Session, source: Source | None
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Returns the variants that trained to their end, and what the row says of all that were tried."""
+    splits = Splits(drawn.train, drawn.validation)
+    searched = variants(job.experiment, job.method)
+    logs.rewind(directory, keep=_saved_rows(directory, job.method))
+    settings = config.to_dict(job.experiment)
+    with logs.open_logs(directory, name=job.name, config=settings, wandb=job.experiment.wandb) as log:
+        contexts = [_context(job, variant, task, directory, session, log) for variant in searched]
+        candidates = _start_models(contexts, searched, task, source)
+        phases = plan_phases(job.experiment, job.method, candidates[0].model)
+        tables = [f"{planned.phase.name}, {planned.num_steps} steps\n{planned.partition}" for planned in phases]
+        (directory / "partition.txt").write_text("\n\n".join(tables) + "\n")
+        populations = []
+        for index, planned in enumerate(phases):
+            population = plan_population(job.experiment, searched, planned, candidates[0].model, task)
+            candidates = _train_phase(candidates, planned, population, task, splits, index)
+            populations.append({"phase": planned.phase.name, **population.to_json()})
+    outcomes = [_outcome(candidate, splits) for candidate in candidates if candidate.error is None]
+    tried = [_tried(candidate, outcomes) for candidate in candidates]
+    return outcomes, {"variants": tried, "population": populations}
+
+
+def _context(job: Job, variant: Variant, task: Task, directory: Path, session: Session, log: logs.LogRow) -> Context:
+    return Context(
+        experiment=dataclasses.replace(job.experiment, train=variant.train),
+        method=variant.method,
+        variant=variant.name,
+        seed=job.seed,
+        num_classes=len(task.target_classes),
+        directory=directory,
+        mesh=make_mesh(job.experiment.mesh),
+        session=session,
+        log=log,
+        title=job.title,
+    )
+
+
+def _start_models(
+    contexts: Sequence[Context], searched: Sequence[Variant], task: Task, source: Source | None
+) -> list[Candidate]:
+    """Makes the model that each variant starts from, once for all that start from the same."""
+
+    @functools.cache
+    def make(seed: int) -> nnx.Module:
+        return _start_model(contexts[0], task, source, seed)
+
+    seeds = [contexts[0].seed if variant.head_seed is None else variant.head_seed for variant in searched]
+    return [Candidate(context, make(seed)) for context, seed in zip(contexts, seeds, strict=True)]
+
+
+def _start_model(context: Context, task: Task, source: Source | None, head_seed: int) -> nnx.Module:
+    model = nnx.merge(*_base_model(context.experiment.model, context.method, task, context.seed))
+    own = arrays_of(model)
+    arrays = {**{path: own[path] for path in source.fresh}, **source.arrays} if source else None
+    return target_model(model, context.method, task, source=arrays, seed=head_seed)
+
+
+def _train_phase(
+    candidates: Sequence[Candidate],
+    planned: PlannedPhase,
+    population: PlannedPopulation,
+    task: Task,
+    splits: Splits,
+    index: int,
+) -> list[Candidate]:
+    """Trains one phase of all variants that are left, alone or in parts as planned."""
+    left = [position for position, candidate in enumerate(candidates) if candidate.error is None]
+    advanced = list(candidates)
+    largest = max(population.parts)
+    for first in range(0, len(left), largest):
+        part = left[first : first + largest]
+        trained = _train_part([candidates[position] for position in part], planned, task, splits, index)
+        for position, candidate in zip(part, trained, strict=True):
+            advanced[position] = candidate
+    if all(candidate.error for candidate in advanced):
+        raise next(candidate.error for candidate in reversed(advanced) if candidate.error)
+    return advanced
+
+
+def _train_part(
+    part: Sequence[Candidate], planned: PlannedPhase, task: Task, splits: Splits, index: int
+) -> list[Candidate]:
+    first = part[0]
+    try:
+        if len(part) == 1:
+            found: list[PhaseResult | NonFiniteError] = [
+                run_phase(first.context, planned, first.model, splits, index=index)
+            ]
+        else:
+            cost = abstract_cost(first.context.experiment, first.context.method, planned, first.model, task)
+            contexts, models = [each.context for each in part], [each.model for each in part]
+            found = [*run_population(contexts, planned, models, splits, index=index, cost=cost)]
+    except NonFiniteError as error:
+        return [dataclasses.replace(candidate, error=error) for candidate in part]
+    return [_advance(candidate, planned, result) for candidate, result in zip(part, found, strict=True)]
+
+
+def _advance(candidate: Candidate, planned: PlannedPhase, result: PhaseResult | NonFiniteError) -> Candidate:
+    if isinstance(result, NonFiniteError):
+        return dataclasses.replace(candidate, error=result)
+    before = arrays_of(candidate.model)
+    model = planned.partition.assemble(nnx.graphdef(candidate.model), before | result.arrays)
+    _check_frozen(planned, before, arrays_of(model))
+    return dataclasses.replace(candidate, model=model, phases=(*candidate.phases, result))
+
+
+def _outcome(candidate: Candidate, splits: Splits) -> Outcome:
+    context, phases = candidate.context, candidate.phases
+    if phases:
+        metrics = phases[-1].validation_metrics
+    else:
+        metrics, _ = evaluate_model(context.experiment, context.num_classes, candidate.model, splits.validation)
+    return Outcome(context.variant, candidate.model, metrics, phases)
+
+
+def _tried(candidate: Candidate, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    name = candidate.context.variant
+    if candidate.error is not None:
+        return {"variant": name, "error": str(candidate.error)}
+    found = next(outcome for outcome in outcomes if outcome.variant == name)
+    return {"variant": name, "validation_metrics": found.validation_metrics}
+
+
+def _saved_rows(directory: Path, method: Method) -> Callable[[logs.Row], bool]:
+    """Returns whether a row of the log is from before the point at which its phase will resume."""
+    names = [phase.name for phase in method.phases]
+
+    @functools.cache
+    def resumes_at(variant: str, phase: str) -> int:
+        return newest_checkpoint(directory, variant=variant, index=names.index(phase))
+
+    return lambda row: row["step"] <= resumes_at(row["variant"], row["phase"])
+
+
+@functools.lru_cache(maxsize=16)
+def _base_model(model: ModelConfig, method: Method, task: Task, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    """Makes the random weights of a seed once for all the runs of a method that begin with them."""
+    return nnx.split(base_model(model, method, task, seed=seed))
+
+
+def _check_frozen(planned: PlannedPhase, before: Arrays, after: Arrays) -> None:
+    """Audits the model that is evaluated and saved: what the phase froze is what it was, whatever was put together."""
+    _, frozen = planned.partition.split(before)
+    # The very same array cannot differ from itself, and most are.
+    frozen = {path: value for path, value in frozen.items() if after[path] is not value}
+    now = fingerprint({path: after[path] for path in frozen})
+    if leaks := tuple(path for path, digest in fingerprint(frozen).items() if now[path] != digest):
+        audit = Audit(leaks, (), len(planned.partition.trainable))
+        raise AuditError(f"audit after phase `{planned.phase.name}`: {audit}", audit.to_json())
