@@ -30,7 +30,7 @@ class Objective(Protocol):
 class Classification:
     """Softmax cross-entropy over K classes; see `classification`."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: float | jax.Array = 0.0
 
     def losses(self, outputs: Float[Array, "B K"], batch: Batch) -> Float[Array, " B"]:
         """Returns the cross-entropy in nats against the labels, or against `label_probs` where mixing made some."""

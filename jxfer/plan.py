@@ -238,8 +238,8 @@ def plan_population(
     if why is not None:
         return PlannedPopulation((1,) * count, why)
     one = abstract_cost(experiment, searched[0].method, planned, model, task)
-    batch = _abstract_batch(experiment, planned, model, task)
-    population, fixed = _abstract_population(searched[:2], planned, model)
+    batch = abstract_batch(experiment, planned, model, task)
+    population, fixed = abstract_population(searched[:2], planned, model)
     train_step, _ = phase_steps(experiment, searched[0].method, planned, len(task.target_classes), POPULATION)
     two = cost_of(train_step, population, fixed, batch)
     # Beside the state there are its gradients and the best values so far.
@@ -261,13 +261,14 @@ def _why_split(parts: Sequence[int], bytes_each: int, memory: int | None, most: 
 def abstract_cost(experiment: Experiment, method: Method, planned: PlannedPhase, model: nnx.Module, task: Task) -> Cost:
     """Costs one step of one variant on shapes alone."""
     state, fixed = _abstract_state(experiment, method, planned, model)
-    batch = _abstract_batch(experiment, planned, model, task)
+    batch = abstract_batch(experiment, planned, model, task)
     return cost_of_phase(experiment, method, planned, len(task.target_classes), state, fixed, batch)
 
 
-def _abstract_population(
+def abstract_population(
     searched: Sequence[Variant], planned: PlannedPhase, model: nnx.Module
 ) -> tuple[Population, Fixed]:
+    """Returns the shapes of a population at the start of a phase and of its fixed part."""
     graphdef = nnx.graphdef(model)
 
     def build(arrays: Arrays) -> tuple[Population, Fixed]:
@@ -289,7 +290,8 @@ def _abstract_state(
     return jax.eval_shape(build, arrays_of(model))
 
 
-def _abstract_batch(experiment: Experiment, planned: PlannedPhase, model: nnx.Module, task: Task) -> Batch:
+def abstract_batch(experiment: Experiment, planned: PlannedPhase, model: nnx.Module, task: Task) -> Batch:
+    """Returns the shapes of a training batch of a phase."""
     size = experiment.train.batch_size
     inputs = jax.ShapeDtypeStruct((size, *task.input_shape), _DTYPES[task.input])
     labels = {

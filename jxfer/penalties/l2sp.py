@@ -12,7 +12,7 @@ from jxfer.typing import Arrays
 class L2SP:
     """Adds `weight` / 2 times the squared distance of the trainable parameters from the pretrained reference."""
 
-    weight: float = 0.1
+    weight: float | jax.Array = 0.1
     """The paper's alpha."""
 
     def __call__(self, params: Arrays, reference: Arrays) -> jax.Array:

@@ -1,0 +1,231 @@
+"""Tests of populations: each variant ends as it would alone, whatever becomes of the others."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import runs
+from flax import nnx
+
+from jxfer import checkpoint, cost, methods, plan
+from jxfer.config import Experiment, Method, Phase, SearchConfig
+from jxfer.planned import plan_phases
+from jxfer.run import run
+from jxfer.search import Job
+from jxfer.surgery.head import MLPHead, NewHead
+from jxfer.task import Task, base_model, target_model
+from jxfer.typing import InterruptedRun
+from jxfer.variants import parts_of, variants
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+RATES = (1e-3, 1e-2, 3e-2)
+SOFT = SearchConfig(learning_rate=RATES, label_smoothing=(0.0, 0.2))
+STEPS = 6
+
+# Nothing but matrices train, so that these variants can train together while the stages before them run online.
+norms = Method(
+    "norms",
+    rules=(("head/**", "head"), ("**/bn/**", "norm"), ("**", "frozen")),
+    surgeries=(NewHead(),),
+    phases=(Phase("probe", ("head",), share=0.5), Phase("tune", ("head", "norm"), share=0.5)),
+)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory) -> Experiment:
+    experiment = runs.write_data(tmp_path_factory.mktemp("data"))
+    return runs.with_train(experiment, num_steps=STEPS, eval_every=3)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    runs.add_models(monkeypatch)
+    runs.use_devices(monkeypatch, 1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        runs.add_models(monkeypatch)
+        return runs.write_source(tmp_path_factory.mktemp("source") / "run", "tiny_convnet")
+
+
+def finish(experiment, method, directory, source, session=runs.QUIET):
+    row = run(Job(experiment, method, 3, 0), directory, session, source=source)
+    return row, checkpoint.load_arrays(directory / "checkpoints" / "final")[0]
+
+
+def searching(experiment: Experiment, search: SearchConfig, **settings) -> Experiment:
+    return dataclasses.replace(experiment, search=search, **settings)
+
+
+def metrics_by_variant(row) -> dict[str, dict[str, float]]:
+    return {variant["variant"]: variant.get("validation_metrics") for variant in row["variants"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "features"),
+    [(methods.linear_probe, "off"), (methods.feature_retraining, "auto"), (norms, "auto")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_each_variant_ends_as_it_would_alone(experiment, source, tmp_path, method, features):
+    experiment = runs.with_train(experiment, optimizer="sgd")  # Adam's first updates blow rounding up
+    together = searching(experiment, SOFT, features=features)
+    row, arrays = finish(together, method, tmp_path / "together", source)
+    apart = searching(experiment, dataclasses.replace(SOFT, population=1), features=features)
+    alone, expected = finish(apart, method, tmp_path / "apart", source)
+    assert max(row["population"][0]["parts"]) == 6
+    assert {part for phase in alone["population"] for part in phase["parts"]} == {1}
+    assert row["variant"] == alone["variant"]
+    for name, metrics in metrics_by_variant(alone).items():
+        assert metrics_by_variant(row)[name] == pytest.approx(metrics, rel=1e-5), name
+    for path, value in expected.items():
+        np.testing.assert_allclose(arrays[path], value, rtol=1e-5, atol=1e-6, err_msg=path)  # float32, six steps
+
+
+def test_the_weights_of_a_penalty_and_the_seeds_of_heads_are_numbers_too(experiment, source, tmp_path):
+    method = dataclasses.replace(
+        norms, name="pulled", penalties=methods.l2_sp.penalties, surgeries=(MLPHead(),), phases=norms.phases[1:]
+    )
+    method = dataclasses.replace(method, phases=(dataclasses.replace(method.phases[0], share=1.0),))
+    search = SearchConfig(penalty_weight=(0.0, 10.0), head_seed=(0, 5))
+    row, _ = finish(searching(experiment, search), method, tmp_path / "together", source)
+    alone, _ = finish(
+        searching(experiment, dataclasses.replace(search, population=1)), method, tmp_path / "apart", source
+    )
+    losses = {name: metrics["loss"] for name, metrics in metrics_by_variant(row).items()}
+    assert len(set(losses.values())) == 4, "each number makes a difference"
+    for name, metrics in metrics_by_variant(alone).items():
+        assert losses[name] == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+def test_a_variant_that_diverges_is_put_aside_and_the_others_go_on(experiment, source, tmp_path):
+    rates = (1e-3, 1e38, 1e-2)
+    search = SearchConfig(learning_rate=rates)
+    settings = dataclasses.replace(experiment.train, optimizer="sgd", eval_every=2)
+    row, _ = finish(searching(experiment, search, train=settings), methods.linear_probe, tmp_path / "a", source)
+    (failed,) = [variant for variant in row["variants"] if "error" in variant]
+    assert failed["variant"] == "learning_rate=1e+38"
+    assert "at step" in failed["error"]
+    fine = searching(experiment, SearchConfig(learning_rate=(1e-3, 1e-2)), train=settings)
+    expected, _ = finish(fine, methods.linear_probe, tmp_path / "b", source)
+    for name, metrics in metrics_by_variant(expected).items():
+        assert metrics_by_variant(row)[name] == pytest.approx(metrics, rel=1e-6), name
+
+
+def test_a_run_of_which_no_variant_is_left_fails(experiment, source, tmp_path):
+    settings = dataclasses.replace(experiment.train, optimizer="sgd")
+    search = SearchConfig(learning_rate=(1e38, 2e38))
+    job = Job(searching(experiment, search, train=settings), methods.linear_probe, 3, 0)
+    row = run(job, tmp_path, runs.QUIET, source=source)
+    assert row["status"] == "failed"
+    assert "at step" in row["error"]
+
+
+def test_a_population_in_parts_gives_what_it_gives_whole(experiment, source, tmp_path):
+    whole, _ = finish(searching(experiment, SOFT), methods.linear_probe, tmp_path / "whole", source)
+    split = dataclasses.replace(SOFT, population=4)
+    row, _ = finish(searching(experiment, split), methods.linear_probe, tmp_path / "split", source)
+    assert row["population"][0]["parts"] == [3, 3]
+    for name, metrics in metrics_by_variant(whole).items():
+        assert metrics_by_variant(row)[name] == pytest.approx(metrics, rel=1e-5), name
+
+
+@pytest.mark.parametrize("features", ["auto", "off"])
+def test_devices_share_a_population(experiment, source, tmp_path, monkeypatch, features):
+    search = SearchConfig(learning_rate=RATES)
+    one, _ = finish(searching(experiment, search, features=features), methods.linear_probe, tmp_path / "one", source)
+    runs.use_devices(monkeypatch, 4)
+    row, _ = finish(searching(experiment, search, features=features), methods.linear_probe, tmp_path / "four", source)
+    for name, metrics in metrics_by_variant(one).items():
+        assert metrics_by_variant(row)[name] == pytest.approx(metrics, rel=1e-5), name
+
+
+def test_a_stopped_population_continues_to_the_same_bits(experiment, source, tmp_path):
+    settings = dataclasses.replace(experiment.train, eval_every=2, checkpoint_every=2)
+    saving = searching(experiment, SOFT, train=settings)
+    expected_row, expected = finish(saving, methods.feature_retraining, tmp_path / "whole", source)
+    for num_calls in (3, 2):
+        with pytest.raises(InterruptedRun):
+            finish(saving, methods.feature_retraining, tmp_path / "stopped", source, runs.stop_after(num_calls))
+    row, arrays = finish(saving, methods.feature_retraining, tmp_path / "stopped", source)
+    changing = ("seconds", "features")
+    assert {k: v for k, v in row.items() if k not in changing} == {
+        k: v for k, v in expected_row.items() if k not in changing
+    }
+    for path, value in expected.items():
+        assert arrays[path].tobytes() == value.tobytes(), path
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_text().count("validation") == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_text().count("validation")
+
+
+def test_eight_heads_over_an_online_backbone_cost_the_flops_of_one():
+    """The frozen stages run once for all, of a published size because in a tiny one the head is no small part."""
+    experiment = Experiment(
+        "flops", model=dataclasses.replace(Experiment("").model, name="resnet18_32"), features="off"
+    )
+    experiment = searching(experiment, SearchConfig(learning_rate=tuple(10.0**-k for k in range(8))))
+    task = Task(tuple("abc"), tuple("abcdefghij"), (32, 32, 3))
+    searched = variants(experiment, methods.linear_probe)
+
+    def build():
+        base = base_model(experiment.model, methods.linear_probe, task, seed=0)
+        return target_model(base, methods.linear_probe, task, source=None, seed=0)
+
+    model = nnx.eval_shape(build)
+    (planned,) = plan_phases(experiment, methods.linear_probe, model)
+    one = plan.abstract_cost(experiment, methods.linear_probe, planned, model, task)
+    population, fixed = plan.abstract_population(searched, planned, model)
+    step, _ = plan.phase_steps(experiment, methods.linear_probe, planned, 10, plan.POPULATION)
+    eight = cost.cost_of(step, population, fixed, plan.abstract_batch(experiment, planned, model, task))
+    assert one.step_flops < eight.step_flops < 1.1 * one.step_flops
+    assert eight.optimizer_bytes == 8 * one.optimizer_bytes
+
+
+def test_plans_say_which_variants_train_together_and_why_not(experiment):
+    experiment = searching(experiment, SOFT)
+    task = Task(runs.SOURCE_CLASSES, runs.TARGET_CLASSES, (8, 8, 1))
+    (probe,) = plan.plan_method(experiment, methods.linear_probe, task).populations
+    assert probe.parts == (6,)
+    assert probe.bytes_each > 0
+    (full,) = plan.plan_method(experiment, methods.fine_tuning, task).populations
+    assert full.parts == (1,) * 6
+    assert "most parameters train" in full.why
+    text = str(plan.plan_method(experiment, methods.partial, task))
+    assert "convolutions such as" in text
+    assert "6, one after the other" in text
+
+
+def test_variants_that_differ_in_what_is_frozen_train_apart(experiment):
+    twice = dataclasses.replace(
+        norms, phases=(Phase("first", ("norm",), share=0.5), Phase("second", ("head",), share=0.5))
+    )
+    task = Task(runs.SOURCE_CLASSES, runs.TARGET_CLASSES, (8, 8, 1))
+    first, second = plan.plan_method(searching(experiment, SOFT), twice, task).populations
+    assert first.parts == (6,)
+    assert second.parts == (1,) * 6
+    assert "differ in what is frozen now" in second.why
+
+
+@pytest.mark.parametrize(
+    ("memory", "most", "expected"),
+    [(None, None, (7,)), (30, None, (3, 2, 2)), (None, 2, (2, 2, 2, 1)), (1, None, (1,) * 7), (1000, 7, (7,))],
+)
+def test_a_population_is_split_into_even_parts_that_fit(memory, most, expected):
+    assert parts_of(7, bytes_each=10, memory=memory, most=most) == expected
+
+
+def test_a_random_search_draws_the_same_settings_for_every_method_within_its_budget(experiment):
+    search = SearchConfig(learning_rate=(1e-4, 1e-1), weight_decay=(0.0, 0.1), samples=12)
+    drawn = variants(searching(experiment, search), methods.linear_probe)
+    assert len(drawn) == 12
+    others = variants(searching(experiment, search), methods.fine_tuning)
+    assert [variant.train for variant in drawn] == [variant.train for variant in others]
+    rates = np.array([variant.train.learning_rate for variant in drawn])
+    assert np.all((rates > 1e-4) & (rates < 1e-1))
+    assert np.sum(rates < 10**-2.5) in range(2, 11), "log-uniform: half of them below the geometric mean"
+    only_rates = dataclasses.replace(search, weight_decay=())
+    alone = variants(searching(experiment, only_rates), methods.linear_probe)
+    assert [v.train.learning_rate for v in alone] == list(rates), "what else is searched changes nothing"
