@@ -28,7 +28,17 @@ METHODS = (
 SHOTS = (1, 2, 5, 10, 20)
 EVIL = ('<b>"x"</b>', "a|b", "$\\frac$", "zwei`", "</script><script>alert(1)</script>", "&lt;")
 CLASSES = (*EVIL, "6", "7", "_8_", "9")
-FIGURES = ("accuracy", "cost", "curves", "curves_most", "settings", "settings_most", "reliability", "confusion")
+FIGURES = (
+    "accuracy",
+    "differences",
+    "cost",
+    "curves",
+    "curves_most",
+    "settings",
+    "settings_most",
+    "reliability",
+    "confusion",
+)
 FIGURES += ("confusion_others", "depth", "examples")
 _BY_SHOTS = dict(zip((*SHOTS, None), (0.0, 0.07, 0.13, 0.17, 0.19, 0.2), strict=True))
 _BASE = dict(zip(METHODS, (0.68, 0.61, 0.755, 0.75, 0.74, 0.765, 0.72, 0.76), strict=True))

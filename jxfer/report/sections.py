@@ -6,6 +6,7 @@ from typing import Any
 
 from jxfer.report import breakdown, calibration, costs, curves, details, pictures, style, tables, training
 from jxfer.report.confusions import confusions, shown_examples
+from jxfer.report.differences import differences_figure
 from jxfer.report.directory import Material
 from jxfer.report.document import Block, Document, Fold, Section, Table, Text, number, size
 from jxfer.report.document import Code as CodeBlock
@@ -64,8 +65,10 @@ def _comparisons(material: Material) -> tuple[Block, ...]:
     text = methods_text(pairs, max(len(comparisons.at(shots)) for shots in tested))
     tables_ = [(shots, details.comparison_table(comparisons, shots)) for shots in tested]
     first, *others = tables_
+    figure = differences_figure(material, style.looks(material.results.methods, material.baselines))
     return (
         Text(text),
+        *((figure,) if figure else ()),
         Text(_COVERED, tone="muted"),
         Text(f"With {shots_text(first[0])}", tone="best"),
         first[1],

@@ -17,13 +17,15 @@ INK = "#1b1f24"
 MUTED = "#5d6570"
 LINE = "#dcdfe4"
 HEAT = "#2563b8"
+PAPER = "#fefefe"
+"""The page's background in a drawing; white itself stays white, as in the numbers on dark cells."""
 _PIXELS_PER_POINT = 1.75  # at most: a larger drawing would have letters larger than the text around it
 _GREY = "#70767e"
 # After Okabe and Ito's palette for all kinds of colour vision, without its yellow, which white swallows.
 _LIGHT = ("#0072b2", "#d55e00", "#00855f", "#b5508a", "#b07a00", "#3a9bd9", "#6a4fb3", _GREY)
 _DARK = ("#4fa8e0", "#f2854a", "#35c79d", "#e08fbe", "#e3b341", "#93d2f7", "#a792ea", "#a9b0b8")
 _MARKERS = "os^DvPX<>"  # nine, so that 7 colours x 9 markers repeat only after 63 methods
-_VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)"} | {
+_VARIABLES = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)", PAPER: "var(--back)"} | {
     colour: f"var(--c{index})" for index, colour in enumerate(_LIGHT)
 }
 _SETTINGS: dict[str, Any] = {

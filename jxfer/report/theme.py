@@ -57,7 +57,7 @@ pre { background: var(--raised); padding: .75rem 1rem; border-radius: 6px; overf
 @media (max-width: 40rem) {
   main { padding: 1.25rem 1rem 3rem; }
   .wide { display: none; } .narrow { display: block; }
-  td:first-child, td:nth-child(2):not(.num) { white-space: normal; min-width: 5.5rem; }
+  td:first-child, td:nth-child(2):not(.num) { white-space: normal; min-width: 6.5rem; }
   th, td { padding: .32rem .4rem; }
   .cards { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
 }
