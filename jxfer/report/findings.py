@@ -61,10 +61,9 @@ def certainty(results: Results, comparisons: Comparisons, baselines: tuple[str, 
     tested = [duel for duel in duels.values() if duel.difference]
     if not tested:
         return "How sure: nothing was tested; that takes two methods and predictions, or two seeds."
-    what = "best transfer less scratch" if _duels(results, comparisons, baselines) else "best less runner-up"
-    listed = "; ".join(f"{_where(duel.shots)}: {_estimate(duel)}" for duel in tested)
+    listed = "; ".join(f"{duel.one} less {duel.other}, {_where(duel.shots)}: {_estimate(duel)}" for duel in tested)
     family = max(len(comparisons.at(duel.shots)) for duel in tested)
-    return f"How sure: {what}, in points of accuracy with 95% intervals: {listed}. {methods_text(tested, family)}"
+    return f"How sure, in points of accuracy with 95% intervals: {listed}. {methods_text(tested, family)}"
 
 
 def methods_text(pairs: Iterable[Comparison], family: int) -> str:
@@ -138,14 +137,19 @@ def _verdict_cell(best: Entry, other: Entry | None, comparisons: Comparisons, sh
 
 
 def _duels(results: Results, comparisons: Comparisons, baselines: tuple[str, ...]) -> dict[Shots, Comparison]:
-    """For each number of shots that has both: the best method that transfers against the best that does not."""
+    """For each number of shots that has both: transfer against the best method that does not transfer.
+
+    Transfer is the most accurate method of those that are better, or of all that transfer if none is; any of them may
+    stand for transfer, since p-values are corrected over all.
+    """
     found = {}
     for shots in results.shots:
         entries = ranking(results, shots)
-        transfer = next((entry.method for entry in entries if entry.method not in baselines), None)
         reference = next((entry.method for entry in entries if entry.method in baselines), None)
-        if transfer and reference:
-            found[shots] = comparisons.between(transfer, reference, shots)
+        transfers = [entry.method for entry in entries if entry.method not in baselines]
+        if reference and transfers:
+            duels = [comparisons.between(method, reference, shots) for method in transfers]
+            found[shots] = next((duel for duel in duels if duel.verdict == "better"), duels[0])
     return found
 
 
@@ -163,9 +167,9 @@ def _against_baseline(results: Results, duels: Mapping[Shots, Comparison]) -> st
     for shots, duel in duels.items():
         by_verdict[duel.verdict].append(shots)
     phrases: dict[Verdict, str] = {
-        "better": "the best transfer is better than training from scratch",
+        "better": "transfer is better than training from scratch",
         "worse": "training from scratch is better than the best transfer",
-        "unclear": "no difference between the best transfer and training from scratch was found",
+        "unclear": "no difference between transfer and training from scratch was found",
         "unknown": "nothing can be claimed about transfer against scratch from one seed without predictions",
     }
     parts = [f"with {_several(shots)}, {phrases[verdict]}" for verdict, shots in by_verdict.items() if shots]

@@ -15,8 +15,9 @@ from jxfer.report.results import extremes
 
 _COVERED = (
     "Only runs on the same training subset are compared, seed by seed, on the same test examples. Of the bootstrap the "
-    "standard error is used, times a quantile of t: its percentiles claim too much from a handful of seeds. Intervals "
-    "stand on their own; only p is corrected. Neither covers another source model, or another choice of data sets."
+    "standard error is used, times a quantile of t: its percentiles claim too much from a handful of seeds. Below five "
+    "seeds little can be found at all. Intervals stand on their own; only p is corrected. Neither covers another "
+    "source model, or another choice of data sets."
 )
 
 

@@ -53,10 +53,12 @@ def paired_bootstrap(observed: np.ndarray, resampled: np.ndarray, *, num_example
 
     Each replicate draws seeds and examples with replacement, independently (the pigeonhole bootstrap: Owen, "The
     pigeonhole bootstrap", 2007, which errs towards too large a variance). Percentiles of the replicates would claim too
-    much from a handful of seeds, so two things are done: the seeds' weights are rescaled to the variance of n - 1
-    degrees of freedom (Rao and Wu, 1988, section 2), and the interval is the replicates' standard error times a
-    quantile of t, whose degrees of freedom are Satterthwaite's. Below five seeds the spread over seeds is known too
-    poorly for his formula, and they are the number of seeds less one.
+    much from a handful of seeds, so two things are done. The seeds' weights are rescaled to the variance of S - 1
+    degrees of freedom (Rao and Wu, 1988, section 2). The interval is the replicates' standard error times a quantile of
+    t, whose degrees of freedom are S - 1 times the square of how much larger that error is than that of the seeds
+    alone; Satterthwaite's formula has the fourth power, which at five seeds found something among six equal methods
+    in 9% of simulated ablations instead of 6%. Below five seeds the spread over seeds is known too poorly for
+    either, and the degrees of freedom are S - 1.
 
     Args:
       observed: [S] differences of accuracy, one per seed, S of at least 2.
@@ -69,7 +71,7 @@ def paired_bootstrap(observed: np.ndarray, resampled: np.ndarray, *, num_example
     seeds_error = float(observed.std(ddof=1)) / math.sqrt(S)
     degrees = S - 1.0
     if S >= _MIN_SEEDS:
-        degrees *= max(1.0, (error / seeds_error) ** 4) if seeds_error else math.inf
+        degrees *= max(1.0, (error / seeds_error) ** 2) if seeds_error else math.inf
     return _by_t(float(observed.mean()), error, min(degrees, 1e9), num_examples, "bootstrap")
 
 
