@@ -102,7 +102,7 @@ def _row(rng: np.random.Generator, method: str, shots: int | None, seed: int, *,
         "features": {"stored": method in ("linear_probe", "lp_ft"), "boundary": "head", "views": 1, "examples": 400}
         | {"computed": 300, "reused": 100, "bytes": 51_200, "flops": 3e9},
         "stages": [_stage(index, accuracy) for index in range(4)] if method == "linear_probe" else [],
-        "population": {"variants": 3, "parts": 1, "online": method != "linear_probe"},
+        "population": [{"phase": "tune", "parts": [2, 1], "why": "<memory>", "bytes_each": 2048}],
         "subset_hash": f"{seed}{shots}".ljust(16, "f"),
         "weights_hash": None if method == "scratch" else "feedfacecafebeef",
         "audit": None if failed else {"frozen_unchanged": True, "trainable_moved": moved, "trainable_total": moved},
@@ -239,6 +239,7 @@ def test_what_runs_recorded_beside_accuracy_is_shown(built: Path):
     assert "| partial | 5 |" in sections["Calibration"]  # which kept no validation logits
     assert "| 0.001 × 3, 0.01 × 2 |" in sections["Training"]
     assert re.search(r"linear_probe \| 25 \| head \| 1 \| 400 \| 300 \| 100 \| 50 KiB \| 3 G", sections["Shared work"])
+    assert "| linear_probe | tune | 3 | 2 + 1 | 2 KiB | &lt;memory&gt; |" in sections["Shared work"]
     assert "| model | 99.30 | bytes that come from the file | 1 loaded, 1 re-initialised |" in sections["Checks"]
     assert "&lt;i&gt;" in sections["Checks"]
     assert "| zwei" in sections["Classes"]

@@ -58,15 +58,29 @@ def features_table(results: Results) -> Table | None:
 
 
 def population_table(results: Results) -> Table | None:
-    """How many settings trained together, by method; None where none did."""
+    """How the settings of each search shared their training, by method and phase; None where nothing was searched."""
     rows = []
     for method in results.methods:
-        found = [p for row in results.rows if row["method"] == method and (p := row.get("population"))]
-        if found:
-            parts = [number(mean_of(found, name)) for name in ("variants", "parts")]
-            online = sum(bool(population.get("online")) for population in found)
-            rows.append((Cell(method), *parts, Cell("online" if online else "stored features")))
-    return Table(("Method", "Settings", "Programs", "Frozen part"), tuple(rows)) if rows else None
+        phases = {
+            (str(phase.get("phase")), tuple(phase.get("parts") or ()), str(phase.get("why") or "")): phase
+            for row in results.rows
+            if row["method"] == method
+            for phase in row.get("population") or ()
+        }
+        rows += [
+            (
+                Cell(method),
+                Cell(name),
+                Cell(str(sum(parts)), sum(parts)),
+                Cell(_parts_text(parts), len(parts)),
+                size(phase.get("bytes_each")),
+                Cell(why),
+            )
+            for (name, parts, why), phase in phases.items()
+            if sum(parts) > 1
+        ]
+    header = ("Method", "Phase", "Settings", "Trained together", "Bytes of each", "Why so")
+    return Table(header, tuple(rows)) if rows else None
 
 
 def weights_table(manifest: dict[str, Any]) -> Table | None:
@@ -105,6 +119,11 @@ def _comparison_row(pair: Comparison) -> tuple[Cell, ...]:
 
 def _sureness(pair: Comparison) -> tuple[float, float]:
     return (pair.difference.p, -pair.difference.mean) if pair.difference else (1.0, 0.0)
+
+
+def _parts_text(parts: Sequence[int]) -> str:
+    """`64`, `32 + 32`, `one by one`."""
+    return "one by one" if max(parts) == 1 else " + ".join(map(str, parts))
 
 
 def _source_accuracies(rows: Sequence[Row]) -> list[float]:
