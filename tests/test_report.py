@@ -235,6 +235,7 @@ def test_what_runs_recorded_beside_accuracy_is_shown(built: Path):
     text = (built / "report.md").read_text()
     sections = dict(re.findall(r"^## (.*)\n\n((?:.|\n)*?)(?=^## |\Z)", text, re.MULTILINE))
     assert "| before transfer | 87.5 |" in sections["Source after transfer"]
+    assert re.search(r"\| zero_shot \| \*\*● 0\*\* \|", sections["Cost"])
     assert "| linear_probe | 5 |" in sections["Calibration"]
     assert "| partial | 5 |" in sections["Calibration"]  # which kept no validation logits
     assert "| 0.001 × 3, 0.01 × 2 |" in sections["Training"]

@@ -22,6 +22,9 @@ COSTS: tuple[Cost, ...] = (
 )
 
 
+FRONT_NOTE = "● on the Pareto front of accuracy and this cost."
+
+
 def pareto_front(points: Mapping[str, tuple[float, Summary]]) -> tuple[str, ...]:
     """The methods that no other matches or beats in both cost and mean accuracy (and beats in one), cheapest first."""
     ordered = sorted(points, key=lambda name: (points[name][0], -points[name][1].mean))
@@ -66,7 +69,7 @@ def _draw_costs(results: Results, looks: Mapping[str, Look], costs: Sequence[Cos
     for axes in panels[len(contents) :]:
         axes.set_axis_off()
     for axes, (shots, (field, label, _)) in zip(panels, contents, strict=False):
-        _draw_cost(axes, _cost_points(results, shots, field), looks)
+        _draw_cost(axes, cost_points(results, shots, field), looks)
         axes.set_xlabel(label)
         axes.set_title(shots_text(shots), loc="left")
         finish_axes(axes)
@@ -107,7 +110,8 @@ def _apart(costs: Sequence[float | int], *, step: float) -> list[float]:
     return [step * (rank - (costs.count(cost) - 1) / 2) for rank, cost in zip(ranks, costs, strict=True)]
 
 
-def _cost_points(results: Results, shots: Shots, field: str) -> dict[str, tuple[float, Summary]]:
+def cost_points(results: Results, shots: Shots, field: str) -> dict[str, tuple[float, Summary]]:
+    """Mean cost and accuracy of each method that has both."""
     points = {}
     for method in results.methods:
         cost = mean_of(results.of(method, shots), field)
@@ -120,22 +124,23 @@ def _cost_points(results: Results, shots: Shots, field: str) -> dict[str, tuple[
 def _cost_data(results: Results, costs: Sequence[Cost]) -> Table:
     rows = []
     for shots in extremes(results):
-        points = {field: _cost_points(results, shots, field) for field, _, _ in costs}
+        points = {field: cost_points(results, shots, field) for field, _, _ in costs}
         fronts = {field: pareto_front(found) for field, found in points.items()}
         for method in results.methods:
             if not any(method in found for found in points.values()):
                 continue
             amounts = [
-                _on_front(form(points[f][method][0] if method in points[f] else None), method in fronts[f])
+                on_front(form(points[f][method][0] if method in points[f] else None), method in fronts[f])
                 for f, _, form in costs
             ]
             label = Cell(shots_name(shots), math.inf if shots is None else shots)
             rows.append((Cell(method), label, *amounts, percent(results.accuracy[method, shots])))
     header = ("Method", "Examples per class", *(_capital(label) for _, label, _ in costs), "Accuracy %")
-    return Table(header, tuple(rows), note="● on the Pareto front of accuracy and this cost.")
+    return Table(header, tuple(rows), note=FRONT_NOTE)
 
 
-def _on_front(cell: Cell, is_on: bool) -> Cell:
+def on_front(cell: Cell, is_on: bool) -> Cell:
+    """The cell of a cost, marked if its method is on the Pareto front."""
     return dataclasses.replace(cell, text=f"● {cell.text}", tone="best") if is_on else cell
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jxfer.report.comparisons import Comparisons
+from jxfer.report.costs import COSTS, FRONT_NOTE, cost_points, on_front, pareto_front
 from jxfer.report.document import Cell, Table, number, percent, percent_text, seconds, size
 from jxfer.report.findings import ranking, shots_name
 from jxfer.report.results import Results, Row, Shots, accuracy_of, collect, mean_of
@@ -52,14 +53,15 @@ def accuracy_table(results: Results, comparisons: Comparisons) -> Table:
 
 
 def cost_table(results: Results, shots: Shots) -> Table:
-    """What each method holds, moves and spends at one number of shots: means over seeds."""
+    """What each method holds, moves and spends at one number of shots: means over seeds, Pareto fronts marked."""
     kinds = [cost for cost in _COSTS if mean_of(results.rows, cost[0]) is not None]
+    fronts = {field: pareto_front(cost_points(results, shots, field)) for field, _, _ in COSTS}
     rows = [
-        (Cell(method), *(form(mean_of(runs, field)) for field, _, form in kinds))
+        (Cell(method), *(on_front(form(mean_of(runs, f)), method in fronts.get(f, ())) for f, _, form in kinds))
         for method in results.methods
         if (runs := results.of(method, shots))
     ]
-    return Table(("Method", *(label for _, label, _ in kinds)), tuple(rows))
+    return Table(("Method", *(label for _, label, _ in kinds)), tuple(rows), note=FRONT_NOTE)
 
 
 def audit_table(results: Results) -> Table:
