@@ -69,9 +69,12 @@ def _is_whole(arrays: Mapping[str, np.ndarray]) -> bool:
 
 def _predictions(arrays: Mapping[str, np.ndarray], ids: np.ndarray) -> Predictions:
     logits, labels = arrays["logits"], arrays["labels"]
-    scaled = None
-    if len(arrays.get("validation_labels", ())):
-        scaled = _confidence(logits, labels, fit_temperature(arrays["validation_logits"], arrays["validation_labels"]))
+    scaled, nothing = None, np.zeros(0)
+    validation_logits = arrays.get("validation_logits", nothing)
+    validation_labels = arrays.get("validation_labels", nothing)
+    is_whole = 0 < len(validation_labels) == len(validation_logits)
+    if is_whole and np.isfinite(validation_logits).all():
+        scaled = _confidence(logits, labels, fit_temperature(validation_logits, validation_labels))
     return Predictions(ids, labels, logits.argmax(axis=1), logits.shape[1], _confidence(logits, labels, 1.0), scaled)
 
 
