@@ -56,6 +56,18 @@ def test_the_three_loops_do_the_same_work(script, capsys):
     assert all(name in printed for name in results)
 
 
+def test_ten_epochs_on_stored_features_take_one_pass_of_the_extractor(script, capsys):
+    features = script("features")
+    results = features.main(["--quick"])
+    online, stored = (results[f"head, {way}"] for way in ("online", "stored"))
+    assert stored.flops < online.flops / 8
+    assert results["last stage and head, stored"].flops < results["last stage and head, online"].flops
+    assert stored.bytes == 256 * 128 * 4
+    assert online.bytes == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in results)
+
+
 def test_a_round_goes_once_through_all_calls_and_the_next_begins_one_later(script):
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
