@@ -128,9 +128,8 @@ class Job:
         """Returns the FLOPs of all steps on a split."""
         state, fixed = start_phase(self.experiment, self.method, self.planned, self.model, key=jax.random.key(0))
         train_step, _ = phase_steps(self.experiment, self.method, self.planned, NUM_CLASSES)
-        batch = put_batch(
-            next(data.batches(split, batch_size=self.setting.batch_size, seed=0)), make_mesh(MeshConfig())
-        )
+        rows = next(data.batches(split, batch_size=self.setting.batch_size, seed=0))
+        batch = put_batch(rows, make_mesh(self.experiment.mesh))
         return self.experiment.train.num_steps * cost_of(train_step, state, fixed, batch).step_flops
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,7 +58,13 @@ def _cost(step: Any, structure: Any, shapes: tuple[Any, ...]) -> Cost:
     return Cost(flops, int(memory.temp_size_in_bytes) if memory else 0, sum(sizes))
 
 
-def flops_of(program: jax.stages.Compiled) -> float:
+def predicted_flops(function: Callable[..., Any], *shapes: Any) -> float:
+    """Returns about how many floating-point operations a function takes, without compiling it."""
+    traced = jax.jit(function).trace(*shapes)
+    return flops_of(traced.lower()) + _looped_flops(traced.jaxpr.jaxpr)
+
+
+def flops_of(program: jax.stages.Compiled | jax.stages.Lowered) -> float:
     """Returns XLA's own count of floating-point operations of a program, which has the body of a loop once."""
     analysis = program.cost_analysis()
     analysis = analysis[0] if isinstance(analysis, list) else analysis

@@ -18,6 +18,7 @@ from jxfer.models.stages import pack
 from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
+from jxfer.saving import with_saving
 from jxfer.source import check_source
 from jxfer.state import Fixed, Population, TrainState, init_population, init_state
 from jxfer.step import (
@@ -224,7 +225,11 @@ def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:
     )
     searched = variants(experiment, method)
     planned = plan_phases(experiment, method, model)
-    phases = tuple((each, abstract_cost(experiment, method, each, model, task)) for each in planned)
+    phases = tuple(
+        (with_saving(experiment, each, cost, model, _prepared(experiment, task), num_examples=task.num_examples), cost)
+        for each in planned
+        for cost in [abstract_cost(experiment, method, each, model, task)]
+    )
     populations = tuple(plan_population(experiment, searched, each, model, task) for each in planned)
     return Plan(method.name, experiment.train, phases, populations)
 
@@ -300,7 +305,12 @@ def abstract_batch(experiment: Experiment, planned: PlannedPhase, model: nnx.Mod
     }
     if not planned.stored:
         return {task.input: inputs, **labels}
-    dtype = jnp.int32 if task.input == "text" else jnp.float32
-    prepared = jax.ShapeDtypeStruct(inputs.shape, dtype)
+    prepared = _prepared(experiment, task)
     run = nnx.eval_shape(lambda module, x: models.run_stages(module, x, stop=planned.boundary), model, prepared)
     return {**pack(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run)), **labels}
+
+
+def _prepared(experiment: Experiment, task: Task) -> jax.ShapeDtypeStruct:
+    """Returns the shape of a batch of examples as the model reads them."""
+    dtype = jnp.int32 if task.input == "text" else jnp.float32
+    return jax.ShapeDtypeStruct((experiment.train.batch_size, *task.input_shape), dtype)

@@ -28,6 +28,8 @@ class Task:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """How the target's examples are prepared."""
     input: Input = "image"
+    num_examples: int = dataclasses.field(default=0, compare=False)
+    """About how many of the target train or validate where all do; 0 where nothing says."""
 
 
 def base_model(config: ModelConfig, method: Method, task: Task, *, seed: int) -> nnx.Module:
@@ -117,7 +119,14 @@ def task_between(source_classes: tuple[str, ...], target: Dataset, experiment: E
     if reads != target.input:
         raise InputError(f"`{experiment.model.name}` reads {reads}, but '{experiment.target.name}' has {target.input}")
     _check_fits(models.size_of(experiment.model), target, experiment)
-    return Task(source_classes, target.class_names, target.input_shape, experiment.target, target.input)
+    classes, num_examples = target.class_names, _num_examples(target, experiment.target)
+    return Task(source_classes, classes, target.input_shape, experiment.target, target.input, num_examples)
+
+
+def _num_examples(target: Dataset, config: DataConfig) -> int:
+    """Returns how many examples are outside the test split, given or drawn."""
+    share = 1.0 if "test" in target.splits else 1 - config.test_fraction
+    return round(share * len(target.splits.get("train", ()))) + len(target.splits.get("validation", ()))
 
 
 def _check_fits(size: Any, target: Dataset, experiment: Experiment) -> None:

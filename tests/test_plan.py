@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -230,14 +231,20 @@ def test_planning_a_resnet50_makes_no_weight_and_a_probe_pays_for_its_head_alone
     assert planned.boundary == "head"
 
 
-def test_a_step_on_stored_features_costs_a_small_share_of_the_online_one():
+def test_a_step_on_stored_features_costs_a_small_share_of_the_online_one(monkeypatch):
     # The published size: in a tiny one the head is no small part.
+    monkeypatch.setenv("JXFER_FEATURES_GB", "0.001")
     experiment = dataclasses.replace(EXPERIMENT, model=ModelConfig("resnet18"))
-    task = dataclasses.replace(TASK, input_shape=(32, 32, 3))
-    ((_, stored),) = plan_method(experiment, linear_probe, task).phases
+    task = dataclasses.replace(TASK, input_shape=(32, 32, 3), num_examples=1000)
+    ((planned, stored),) = plan_method(experiment, linear_probe, task).phases
     ((_, online),) = plan_method(dataclasses.replace(experiment, features="off"), linear_probe, task).phases
     assert 0 < stored.step_flops < online.step_flops / 100
     assert stored.optimizer_bytes == online.optimizer_bytes
+    assert "; 2.0 MB for all 1,000 examples; " in planned.why
+    assert planned.why.endswith("; more than JXFER_FEATURES_GB=0.001 allows")
+    predicted = float(re.search(r"instead of (\S+),", planned.why)[1])
+    epoch = online.step_flops / experiment.train.batch_size * 1000
+    assert predicted == pytest.approx(epoch, rel=0.1), "before what XLA makes of it"
 
 
 def test_the_classes_come_from_the_data_and_from_the_record_of_a_run(tmp_path, monkeypatch):
