@@ -54,7 +54,7 @@ def predict(run: FinishedRun, inputs: Sequence[str]) -> Iterator[Prediction]:
       inputs: files and folders; for a model of texts also `-`, standard input with one text a line.
 
     Raises:
-      InputError: an input does not exist, or a folder is empty; raised before anything is predicted.
+      InputError: `-` for a model that reads no texts.
     """
     sources = [source for name in inputs for source in _sources(name, run)]
     logits_of = classifier(run)
@@ -64,15 +64,16 @@ def predict(run: FinishedRun, inputs: Sequence[str]) -> Iterator[Prediction]:
 
 def print_table(predictions: Iterable[Prediction], classes: Sequence[str]) -> int:
     """Prints a row for each prediction, on stderr why an input has none, and returns how many have none."""
-    failed = 0
-    for index, prediction in enumerate(predictions):
-        if index == 0:
-            print(_line(("class", "share", "next", "input"), classes))
-        if prediction.error is None:
-            print(_row(prediction, classes))
+    done = failed = 0
+    for prediction in predictions:
+        if prediction.error is not None:
+            failed += 1
+            print(f"{prediction.input}: cannot be read: {prediction.error}", file=sys.stderr)
             continue
-        failed += 1
-        print(f"{prediction.input}: cannot be read: {prediction.error}", file=sys.stderr)
+        if done == 0:
+            print(_line(("class", "share", "next", "input"), classes))
+        done += 1
+        print(_row(prediction, classes))
     return failed
 
 
@@ -119,10 +120,10 @@ def _sources(name: str, run: FinishedRun) -> list[_Source]:
         raise InputError(f"`-` reads texts, and `{run.model.name}` reads {run.input}; give files or folders")
     if not path.exists():
         hint = "; texts are read from files, or with `-` from standard input" if run.input == "text" else ""
-        raise InputError(f"no file or folder '{name}' to predict{hint}")
+        return [_Source(name, functools.partial(_refuse, f"no such file or folder{hint}"))]
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _visible_file(file, path))
     if not files:
-        raise InputError(f"folder '{name}' has no files to predict")
+        return [_Source(name, functools.partial(_refuse, "the folder has no files"))]
     return [_Source(str(file), functools.partial(_read, file, run)) for file in files]
 
 
@@ -135,6 +136,10 @@ def _line(cells: tuple[str, str, str, str], classes: Sequence[str]) -> str:
     width = min(MOST_COLUMNS, max(map(len, ("class", *classes))))
     label, share, following, name = cells
     return f"{label:{width}}  {share:>6}  {following:{width + len(' 50.0%')}}  {name}"
+
+
+def _refuse(why: str) -> np.ndarray:
+    raise InputError(why)
 
 
 def _visible_file(file: Path, root: Path) -> bool:

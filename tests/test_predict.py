@@ -81,13 +81,18 @@ def test_unreadable_inputs_are_reported_one_by_one_and_the_rest_is_done(folder, 
     assert row[heading.index("share") :].split()[0].endswith("%")
 
 
-def test_a_missing_input_or_run_is_an_error_before_anything_is_read(folder, tmp_path):
-    run = source.load_run(directory(folder))
-    with pytest.raises(InputError, match=r"no file or folder '.*nowhere.png' to predict"):
-        list(predict(run, [str(tmp_path / "nowhere.png")]))
+def test_what_is_not_there_is_reported_too_and_a_missing_run_is_an_error(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"folder '.*empty' has no files"):
-        list(predict(run, [str(tmp_path / "empty")]))
+    image = folder / "data" / "target" / "b" / "000.png"
+    inputs = [str(tmp_path / "nowhere.png"), str(tmp_path / "empty"), str(image)]
+    assert cli.main(["predict", str(directory(folder)), *inputs]) == cli.BAD_INPUT
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        f"{inputs[0]}: cannot be read: no such file or folder",
+        f"{inputs[1]}: cannot be read: the folder has no files",
+        "jxfer: inputs that could not be read: 2",
+    ]
+    assert [line.split()[-1] for line in shown.out.splitlines()] == ["input", str(image)]
     with pytest.raises(InputError, match=r"no finished run in '.*empty'"):
         source.load_run(tmp_path / "empty")
 
