@@ -1,5 +1,6 @@
 """Models by name: published parameter counts, shapes, types, and errors for what does not fit."""
 
+import functools
 import math
 
 import jax
@@ -11,6 +12,8 @@ from flax import nnx
 from jxfer import models
 from jxfer.config import ModelConfig
 from jxfer.typing import InputError
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # He et al. 2015 and torchvision, less their 1000 outputs: the head here has 10.
 COUNTS = {
@@ -27,14 +30,18 @@ COUNTS = {
 NAMES = ("convnet", "convnet_dropout", "resnet20", "resnet18", "resnet18_32", "resnet50")
 
 
-def build(name: str, *, input_shape=(32, 32, 3), dtype="float32", num_classes=10) -> nnx.Module:
+def make(name: str, *, input_shape=(32, 32, 3), dtype="float32", num_classes=10, rngs: nnx.Rngs) -> nnx.Module:
     config = ModelConfig(name, dtype=dtype)
-    settings = {"num_classes": num_classes, "input_shape": input_shape}
-    return nnx.jit(lambda rngs: models.build(config, **settings, rngs=rngs))(nnx.Rngs(0))
+    return models.build(config, num_classes=num_classes, input_shape=input_shape, rngs=rngs)
 
 
+def build(name: str, **settings) -> nnx.Module:
+    return nnx.jit(lambda rngs: make(name, **settings, rngs=rngs))(nnx.Rngs(0))
+
+
+@functools.cache
 def abstract(name: str, **settings) -> nnx.Module:
-    return nnx.eval_shape(lambda: build(name, **settings))
+    return nnx.eval_shape(lambda: make(name, **settings, rngs=nnx.Rngs(0)))
 
 
 def param_paths(model: nnx.Module) -> dict[str, tuple[int, ...]]:

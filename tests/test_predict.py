@@ -18,6 +18,7 @@ from jxfer.typing import InputError
 from jxfer.weights.files import open_tensors
 from jxfer.weights.load import read, weights_of
 from jxfer.weights.names import namings_of
+from jxfer.weights.save import export_tensors, write_safetensors
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -32,13 +33,20 @@ def _tiny_models(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An ablation of a probe and of a retrained MLP on one source."""
+    """An ablation of a probe and of a retrained MLP on published weights."""
     root = tmp_path_factory.mktemp("predict")
     with pytest.MonkeyPatch.context() as monkeypatch:
         runs.add_models(monkeypatch)
         runs.use_devices(monkeypatch, 1)
         experiment = dataclasses.replace(runs.write_data(root / "data"), model=ModelConfig(MODEL))
-        trial = runs.with_methods(experiment, methods.linear_probe, methods.feature_retraining)
+        size = models.size_of(experiment.model)
+        tensors = export_tensors(weights_of(runs.build_source(MODEL)), namings_of(size)[0], size)
+        write_safetensors(root / "weights.safetensors", tensors, {})
+        trial = dataclasses.replace(
+            runs.with_methods(experiment, methods.linear_probe, methods.feature_retraining),
+            source=SourceConfig(weights=f"file:{root / 'weights.safetensors'}"),
+            target=dataclasses.replace(experiment.target, image_size=8, channels=1, mean=(0.5,), std=(0.5,)),
+        )
         ablate.ablate(trial, root / "out", runs.QUIET, command="")
     return root
 

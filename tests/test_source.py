@@ -202,15 +202,11 @@ def test_a_plan_refuses_weights_that_do_not_fit_before_anything_is_read(experime
         plan.plan_experiment(misspelt, methods.linear_probe)
 
 
-def test_a_runs_preprocessing_travels_with_its_weights(tmp_path):
-    experiment = runs.write_data(tmp_path / "data")
-    pretrained = dataclasses.replace(
-        experiment,
-        target=dataclasses.replace(experiment.source.data, mean=(0.25,), std=(0.125,), channels=1),
-        model=ModelConfig(MODEL),
-    )
-    ablate.ablate(runs.with_methods(pretrained, methods.scratch), tmp_path / "source", runs.QUIET, command="")
-    weights = f"run:{tmp_path / 'source' / 'runs' / 'scratch-shots3-seed0'}"
+def test_a_runs_preprocessing_travels_with_its_weights(tmp_path, experiment):
+    own = dataclasses.replace(experiment.target, image_size=8, mean=(0.25,), std=(0.125,), channels=1)
+    pretrained = dataclasses.replace(experiment, target=own)
+    ablate.ablate(runs.with_methods(pretrained, methods.zero_shot), tmp_path / "source", runs.QUIET, command="")
+    weights = f"run:{tmp_path / 'source' / 'runs' / 'zero_shot-shots3-seed0'}"
     transfer = dataclasses.replace(
         experiment, source=SourceConfig(weights=weights), model=ModelConfig(models.AUTO), target=experiment.target
     )
