@@ -80,3 +80,10 @@ def test_ratios_are_taken_within_rounds(script):
     load = np.array([1.0, 5.0, 2.0, 9.0])
     measured = script("timing").ratio(1.1 * load, load)
     assert (measured.low, measured.median, measured.high) == pytest.approx((1.1, 1.1, 1.1))
+
+
+def test_solving_a_path_at_once_reaches_the_objective_of_scikit_learn(script, capsys):
+    results = script("solvers").main(["--quick", "--strengths", "6", "--fits", "2"])
+    assert {setting.head for setting in results} == {"logistic", "ridge"}
+    assert all(result.excess < 1e-4 for result in results.values())
+    assert "| logistic | 400 × 16, 3" in capsys.readouterr().out

@@ -49,7 +49,7 @@ class Search(NamedTuple):
     steps: Float[Array, "M Q K P"]
     differences: Float[Array, "M Q K P"]
     curvatures: Float[Array, "M P"]
-    """1 / (step · difference), the oldest first, 0 where there is none yet."""
+    """1 / (step · difference), 0 where there is none; iteration i has its pair in slot i modulo M."""
     cautious: Bool[Array, " P"]
     """Whether the last step was refused, so that the next one must be one that cannot fail."""
     iteration: Int[Array, ""]
@@ -204,35 +204,35 @@ def _lengths(
 
 def _quasi_newton(search: Search) -> Float[Array, "Q K P"]:
     """Returns the direction of L-BFGS (Nocedal and Wright 2006, algorithm 7.4); down the gradient without memory."""
-    pairs = search.steps, search.differences, search.curvatures
 
-    def back(direction: Any, pair: Any) -> tuple[Any, Any]:
-        step, difference, curvature = pair
-        share = curvature * _dot(step, direction)
-        return direction - share * difference, share
+    def back(direction: Any, slot: Any) -> tuple[Any, Any]:
+        share = search.curvatures[slot] * _dot(search.steps[slot], direction)
+        return direction - share * search.differences[slot], share
 
-    def forth(direction: Any, pair: Any) -> tuple[Any, None]:
-        step, difference, curvature, share = pair
-        return direction + (share - curvature * _dot(difference, direction)) * step, None
+    def forth(direction: Any, slot_and_share: Any) -> tuple[Any, None]:
+        slot, share = slot_and_share
+        other = search.curvatures[slot] * _dot(search.differences[slot], direction)
+        return direction + (share - other) * search.steps[slot], None
 
-    direction, shares = jax.lax.scan(back, -search.gradients, pairs, reverse=True)
-    newest = search.curvatures[-1] * _dot(search.differences[-1], search.differences[-1])
+    slots = (search.iteration + jnp.arange(MEMORY)) % MEMORY  # the oldest first
+    direction, shares = jax.lax.scan(back, -search.gradients, slots, reverse=True)
+    newest = search.curvatures[slots[-1]] * _dot(search.differences[slots[-1]], search.differences[slots[-1]])
     direction /= jnp.where(newest > 0, newest, 1.0)
-    return jax.lax.scan(forth, direction, (*pairs, shares))[0]
+    return jax.lax.scan(forth, direction, (slots, shares))[0]
 
 
 def _remember(
     search: Search, steps: Float[Array, "Q K P"], differences: Float[Array, "Q K P"], refused: Bool[Array, " P"]
 ) -> Search:
-    """Adds the newest pair, and forgets all pairs of a problem whose step was refused."""
+    """Puts the newest pair in place of the oldest, and forgets all pairs of a problem whose step was refused."""
     product = _dot(steps, differences)
     useful = product > jnp.finfo(jnp.float32).eps * _dot(differences, differences)
     curvature = jnp.where(useful, 1 / jnp.where(useful, product, 1.0), 0.0)
-    curvatures = jnp.concatenate([search.curvatures[1:], curvature[None]])
+    slot = search.iteration % MEMORY
     return search._replace(
-        steps=jnp.concatenate([search.steps[1:], steps[None]]),
-        differences=jnp.concatenate([search.differences[1:], differences[None]]),
-        curvatures=jnp.where(refused, 0.0, curvatures),
+        steps=search.steps.at[slot].set(steps),
+        differences=search.differences.at[slot].set(differences),
+        curvatures=jnp.where(refused, 0.0, search.curvatures.at[slot].set(curvature)),
     )
 
 
