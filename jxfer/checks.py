@@ -254,15 +254,16 @@ def _check_method(method: Method) -> None:
         for label, _ in phase.groups:
             if label not in phase.train:
                 raise InputError(f"{place} has a group for `{label}`, which it does not train; add it to `train`")
-    total = math.fsum(phase.share for phase in method.phases)
-    if method.phases and not math.isclose(total, 1.0, abs_tol=1e-6):
+    total = math.fsum(phase.part for phase in method.phases)
+    if any(phase.solver is None for phase in method.phases) and not math.isclose(total, 1.0, abs_tol=1e-6):
         raise InputError(f"method `{method.name}`: the shares of its phases add up to {total:g}; make it 1")
 
 
 def _check_steps(method: Method, train: TrainConfig) -> None:
-    shares = [phase.share for phase in method.phases]
+    stepping = [phase for phase in method.phases if phase.solver is None]
+    shares = [phase.share for phase in stepping]
     ends = [round(sum(shares[: i + 1]) * train.num_steps) for i in range(len(shares))]
-    for phase, start, end in zip(method.phases, [0, *ends], ends, strict=False):
+    for phase, start, end in zip(stepping, [0, *ends], ends, strict=False):
         steps = f"method `{method.name}`, phase `{phase.name}` gets {end - start} of {train.num_steps} steps"
         if end <= start:
             raise InputError(f"{steps}; raise its share of {phase.share:g}, or train.num_steps")

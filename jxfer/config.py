@@ -202,13 +202,20 @@ class Phase:
     train: tuple[str, ...]
     """Labels that train; every other label is frozen."""
     share: float = 1.0
-    """Part of the run's `num_steps`; the shares of a method's phases add up to 1."""
+    """Part of the run's `num_steps`; the shares of a method's phases without a solver add up to 1."""
     groups: tuple[tuple[str, Group], ...] = ()
     """Label -> group, for the labels that differ from `Group()`."""
     layer_decay: float = 1.0
     """Factor of the learning rate per stage of distance from the head."""
     statistics: bool = False
     """Whether normalisation statistics of frozen layers are estimated anew from the training batches."""
+    solver: Any = None
+    """From `jxfer.solvers`: finds the head from stored features, in place of steps; validation chooses its setting."""
+
+    @property
+    def part(self) -> float:
+        """Its share of the steps; none where a solver finds the head."""
+        return self.share if self.solver is None else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

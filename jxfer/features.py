@@ -193,7 +193,8 @@ def prefix_hash(state: TrainState, fixed: Fixed, boundary: str) -> str:
     after = tuple(model.stages[model.stages.index(boundary) :])
     random = {leaf.path for leaf in definition.partition.leaves if leaf.kind == "random"}
     used = {path: value for path, value in arrays.items() if path not in random and stage_of(path, after) is None}
-    lines = (f"{path} {digest}" for path, digest in sorted(fingerprint(used).items()))
+    lines = [f"{path} {digest}" for path, digest in sorted(fingerprint(used).items())]
+    lines += [f"tap {name}" for name, _ in getattr(model, "taps", ())]  # its features are of several stages
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

@@ -2,7 +2,15 @@
 
 from jxfer.config import Group, Method, Phase
 from jxfer.penalties.l2sp import L2SP
+from jxfer.solvers.logistic import LogisticPath
+from jxfer.solvers.maps import Whiten
+from jxfer.solvers.means import NearestMean
+from jxfer.solvers.neighbours import NearestNeighbours
+from jxfer.solvers.ridge import RidgePath
+from jxfer.solvers.selection import SelectedLogistic
 from jxfer.surgery.head import KeepRows, MLPHead, NewHead
+from jxfer.surgery.neighbours import NeighbourVotes
+from jxfer.surgery.taps import TapHead
 
 ALL = ("head", "backbone")
 
@@ -32,6 +40,44 @@ linear_probe = Method(
     summary="a new linear head on the frozen source",
     surgeries=(NewHead(),),
     phases=(Phase("probe", train=("head",)),),
+)
+
+logistic_probe = Method(
+    name="logistic_probe",
+    summary="logistic regression on the frozen source's features, exactly, at every strength of a path",
+    surgeries=(NewHead(),),
+    phases=(Phase("solve", train=("head",), solver=LogisticPath()),),
+)
+
+ridge_probe = Method(
+    name="ridge_probe",
+    summary="ridge regression on the frozen source's features, in closed form, at every strength of a path",
+    surgeries=(NewHead(),),
+    phases=(Phase("solve", train=("head",), solver=RidgePath()),),
+)
+
+# Mensink et al. 2013, "Distance-Based Image Classification"; as a baseline for few shots Snell et al. 2017,
+# arXiv:1703.05175.
+nearest_mean = Method(
+    name="nearest_mean",
+    summary="the class whose mean feature is nearest, as a linear head",
+    surgeries=(NewHead(),),
+    phases=(Phase("solve", train=("head",), solver=NearestMean()),),
+)
+
+nearest_neighbours = Method(
+    name="nearest_neighbours",
+    summary="a vote among the training examples with the most similar features",
+    surgeries=(NeighbourVotes(),),
+    phases=(Phase("solve", train=("head",), solver=NearestNeighbours()),),
+)
+
+# Evci et al. 2022, arXiv:2201.03529; the selection is described with the solver.
+head2toe = Method(
+    name="head2toe",
+    summary="logistic regression on the most useful of all stages' features together",
+    surgeries=(TapHead(),),
+    phases=(Phase("solve", train=("head",), solver=SelectedLogistic()),),
 )
 
 feature_retraining = Method(
@@ -74,11 +120,11 @@ partial = Method(
 # Kumar et al. 2022, arXiv:2202.10054: first the probe, then everything gently from there.
 lp_ft = Method(
     name="lp_ft",
-    summary="linear probe, then fine-tuning from it at a tenth of the learning rate",
+    summary="logistic probe on whitened features, then fine-tuning from it at a tenth of the learning rate",
     surgeries=(NewHead(),),
     phases=(
-        Phase("probe", train=("head",), share=0.5),
-        Phase("tune", train=ALL, share=0.5, groups=(("head", Group(0.1)), ("backbone", Group(0.1)))),
+        Phase("probe", train=("head",), solver=LogisticPath(map=Whiten())),
+        Phase("tune", train=ALL, groups=(("head", Group(0.1)), ("backbone", Group(0.1)))),
     ),
 )
 
@@ -98,6 +144,11 @@ METHODS: dict[str, Method] = {
         zero_shot,
         norm_statistics,
         linear_probe,
+        logistic_probe,
+        ridge_probe,
+        nearest_mean,
+        nearest_neighbours,
+        head2toe,
         feature_retraining,
         fine_tuning,
         layer_decay,

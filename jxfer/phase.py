@@ -5,6 +5,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,10 @@ class PhaseResult:
     train_flops: float
     """Of all steps; validation is not counted, for any method."""
     features: Extraction
+    path: tuple[dict[str, Any], ...] = ()
+    """Of a solver: the name of every setting and how it did on validation."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """How well a head on each stage's features alone does, where such heads were found."""
 
 
 def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits: Splits, *, index: int) -> PhaseResult:
@@ -94,7 +99,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     key = jax.random.fold_in(jax.random.key(context.seed), index)
     state, fixed = start_phase(experiment, method, planned, model, key=key)
     state, fixed = place_state(state, fixed, mesh, experiment.mesh)
-    before = fingerprint(_all_arrays(state, fixed))
+    before = fingerprint(all_arrays(state, fixed))
     splits, features = store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
     batch = next(device_batches(context, planned, splits.train, index, start=0))
@@ -115,7 +120,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
             on_stop=keeper.stop,
             should_stop=context.session.should_stop,
         )
-    audit = planned.partition.audit(before, fingerprint(_all_arrays(state, fixed)), fixed.definition.train_graphdef)
+    audit = planned.partition.audit(before, fingerprint(all_arrays(state, fixed)), fixed.definition.train_graphdef)
     if not audit.ok:
         raise AuditError(f"audit of phase `{planned.phase.name}`: {audit}", audit.to_json())
     return PhaseResult(
@@ -281,7 +286,8 @@ def rank(metrics: dict[str, float]) -> tuple[float, float]:
     return metrics["accuracy"], -metrics["loss"]
 
 
-def _all_arrays(state: TrainState, fixed: Fixed) -> Arrays:
+def all_arrays(state: TrainState, fixed: Fixed) -> Arrays:
+    """Returns all parameters and variables of a phase, without any average."""
     return {**state.params, **state.variables, **fixed.params, **fixed.variables}
 
 

@@ -31,7 +31,7 @@ from jxfer.step import (
     make_population_step,
     make_train_step,
 )
-from jxfer.task import Task, base_model, target_model, task_of
+from jxfer.task import Task, base_model, num_train, target_model, task_of
 from jxfer.typing import Arrays, Batch
 from jxfer.variants import PlannedPopulation, Variant, device_memory, parts_of, variants
 
@@ -94,7 +94,9 @@ class Plan:
             parts += [
                 f"{self.method} · phase {planned.phase.name} · {planned.num_steps} steps",
                 str(planned.partition),
-                f"one step: {cost.step_flops:,.0f} FLOPs, {cost.temp_bytes:,} temporary bytes; "
+                *([] if planned.phase.solver is None else [f"solver: {planned.phase.solver}"]),
+                f"one {'step' if planned.phase.solver is None else 'iteration'}: "
+                f"{cost.step_flops:,.0f} FLOPs, {cost.temp_bytes:,} temporary bytes; "
                 f"optimizer state: {cost.optimizer_bytes:,} bytes",
                 f"features: {planned.why}",
                 *([f"variants: {population}"] if sum(population.parts) > 1 else []),
@@ -220,18 +222,28 @@ def plan_experiment(experiment: Experiment, method: Method) -> Plan:
 
 def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:
     """Plans and costs a method on shapes alone: no weight is made, nothing trains."""
+    if any(phase.solver is not None for phase in method.phases):
+        task = dataclasses.replace(task, num_train=num_train(experiment))
     model = nnx.eval_shape(
         lambda: target_model(base_model(experiment.model, method, task, seed=0), method, task, source=None, seed=0)
     )
     searched = variants(experiment, method)
     planned = plan_phases(experiment, method, model)
     phases = tuple(
-        (with_saving(experiment, each, cost, model, _prepared(experiment, task), num_examples=task.num_examples), cost)
+        (_with_saving(experiment, each, cost, model, task), cost)
         for each in planned
         for cost in [abstract_cost(experiment, method, each, model, task)]
     )
     populations = tuple(plan_population(experiment, searched, each, model, task) for each in planned)
     return Plan(method.name, experiment.train, phases, populations)
+
+
+def _with_saving(
+    experiment: Experiment, planned: PlannedPhase, cost: Cost, model: nnx.Module, task: Task
+) -> PlannedPhase:
+    if planned.phase.solver is not None:  # it has no epochs that could be shorter
+        return planned
+    return with_saving(experiment, planned, cost, model, _prepared(experiment, task), num_examples=task.num_examples)
 
 
 def plan_population(
@@ -264,9 +276,13 @@ def _why_split(parts: Sequence[int], bytes_each: int, memory: int | None, most: 
 
 
 def abstract_cost(experiment: Experiment, method: Method, planned: PlannedPhase, model: nnx.Module, task: Task) -> Cost:
-    """Costs one step of one variant on shapes alone."""
-    state, fixed = _abstract_state(experiment, method, planned, model)
+    """Costs one step of one variant on shapes alone; of a solver one iteration, or all of it where it has a formula."""
     batch = abstract_batch(experiment, planned, model, task)
+    if planned.phase.solver is not None:
+        sizes = task.num_train, batch["features"].shape[-1], len(task.target_classes)
+        flops, temp_bytes = planned.phase.solver.cost(*sizes)
+        return Cost(flops, temp_bytes, optimizer_bytes=0)
+    state, fixed = _abstract_state(experiment, method, planned, model)
     return cost_of_phase(experiment, method, planned, len(task.target_classes), state, fixed, batch)
 
 

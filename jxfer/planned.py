@@ -38,7 +38,7 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
     layers = _layers(model, stages)
     rules = [(each, label) for pattern, label in method.rules for each in _resolve(pattern, model, layers)]
     ends = [
-        round(sum(phase.share for phase in method.phases[: i + 1]) * experiment.train.num_steps)
+        round(sum(phase.part for phase in method.phases[: i + 1]) * experiment.train.num_steps)
         for i in range(len(method.phases))
     ]
     planned: list[PlannedPhase] = []
@@ -46,8 +46,8 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
     for phase, start, end in zip(method.phases, [0, *ends], ends, strict=False):
         partition = _phase_partition(method, phase, model, rules, layers)
         boundary = frozen_boundary(partition, stages)
-        stored, why = _feature_choice(experiment, boundary)
-        apart = why_not_together(partition, boundary, moved)
+        stored, why = (_feature_choice if phase.solver is None else _solver_choice)(experiment, boundary)
+        apart = why_not_together(partition, boundary, moved) if phase.solver is None else "solved once for all"
         planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why, apart))
         moved |= {leaf.path for leaf in partition.leaves if leaf.moves and leaf.kind != "random"}
     return tuple(planned)
@@ -130,3 +130,14 @@ def _feature_choice(experiment: Experiment, boundary: str | None) -> tuple[bool,
     if experiment.views is None:
         return False, "online: every step sees a newly augmented image; views=K would store K views of each"
     return True, f"{once} and view (views={experiment.views})"
+
+
+def _solver_choice(experiment: Experiment, boundary: str | None) -> tuple[bool, str]:
+    if boundary != "head":
+        raise InputError(f"a solver finds the head and nothing else, but `{boundary}` would train too; freeze it")
+    once = "solved: the frozen stages before `head` run once per example"
+    if experiment.features == "off":
+        return True, f"{once}, their features kept in memory alone (features=off)"
+    if experiment.target.augment.active:
+        return True, f"{once}, without augmentation"
+    return True, once

@@ -4,6 +4,7 @@
 the variants, reads the test split once, and returns the row for `results.jsonl`.
 """
 
+import dataclasses
 import json
 import shutil
 import time
@@ -15,9 +16,10 @@ from jxfer.loop import Session
 from jxfer.measure import COSTS, costs, measure
 from jxfer.phase import rank
 from jxfer.search import Job, train_variants
+from jxfer.solve import record
 from jxfer.source import Source
 from jxfer.task import Task, load_data, task_between
-from jxfer.typing import AuditError, NonFiniteError
+from jxfer.typing import AuditError, ConvergenceError, NonFiniteError
 
 
 def run(job: Job, directory: Path, session: Session, *, source: Source | None) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
     dataset = load_data(job.experiment.target)
     drawn = data.draw(dataset, job.experiment.target, job.shots, job.seed)
     task = task_between(source.classes if source else dataset.class_names, dataset, job.experiment)
+    task = dataclasses.replace(task, num_train=len(drawn.train))
     hashes = {
         "config_hash": job.config_hash,
         "subset_hash": drawn.subset_hash,
@@ -47,7 +50,8 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
         outcomes, tried = train_variants(job, task, drawn, directory, session, source)
         chosen = max(outcomes, key=lambda outcome: rank(outcome.validation_metrics))
         measured = measure(job, task, drawn, directory, chosen, source) | costs(outcomes, chosen) | tried
-    except NonFiniteError as error:
+        measured |= record(job.method, chosen.phases)
+    except (NonFiniteError, ConvergenceError) as error:
         measured = {"status": "failed", "error": str(error), "metrics": None}
     except AuditError as error:
         measured = {"status": "failed", "error": error.args[0], "metrics": None, "audit": error.args[1]}

@@ -17,6 +17,7 @@ from jxfer.phase import Context, PhaseResult, Splits, evaluate_model, run_phase
 from jxfer.plan import PlannedPhase, abstract_cost, plan_phases, plan_population
 from jxfer.population import newest_checkpoint, run_population
 from jxfer.sharding import make_mesh
+from jxfer.solve import solve_phase
 from jxfer.source import Source
 from jxfer.task import Task, base_model, target_model
 from jxfer.typing import Arrays, AuditError, NonFiniteError
@@ -139,6 +140,8 @@ def _train_phase(
     index: int,
 ) -> list[Candidate]:
     """Trains one phase of all variants that are left, alone or in parts as planned."""
+    if planned.phase.solver is not None:
+        return _solve_phase(candidates, planned, splits, index)
     left = [position for position, candidate in enumerate(candidates) if candidate.error is None]
     advanced = list(candidates)
     largest = max(population.parts)
@@ -150,6 +153,22 @@ def _train_phase(
     if all(candidate.error for candidate in advanced):
         raise next(candidate.error for candidate in reversed(advanced) if candidate.error)
     return advanced
+
+
+def _solve_phase(candidates: Sequence[Candidate], planned: PlannedPhase, splits: Splits, index: int) -> list[Candidate]:
+    """Solves for the head once for all variants that are left and begin from the same model."""
+    results: dict[int, PhaseResult] = {}
+    solved = []
+    for candidate in candidates:
+        if candidate.error is None:
+            shared = results.get(id(candidate.model))
+            result = shared or solve_phase(candidate.context, planned, candidate.model, splits, index=index)
+            # What the first one took counts once.
+            features = dataclasses.replace(result.features, computed=0)
+            results[id(candidate.model)] = dataclasses.replace(result, train_flops=0.0, features=features)
+            candidate = _advance(candidate, planned, result)
+        solved.append(candidate)
+    return solved
 
 
 def _train_part(

@@ -13,8 +13,10 @@ from flax import nnx
 from jxfer import checkpoint, models, paths
 from jxfer.config import DataConfig, Experiment, ModelConfig, SourceConfig, from_dict, to_dict
 from jxfer.known import RUN, known_of, namings_for, open_weights, run_directory, which_run
-from jxfer.surgery.head import MLPHead
-from jxfer.typing import Arrays, Input, InputError
+from jxfer.surgery.head import MLPHead, linear_head
+from jxfer.surgery.neighbours import NeighbourVotes
+from jxfer.surgery.taps import TapHead
+from jxfer.typing import Arrays, Input, InputError, Surgery
 from jxfer.weights.convert import convert
 from jxfer.weights.load import load_into, read, weights_of
 from jxfer.weights.manifest import Manifest
@@ -70,10 +72,21 @@ class FinishedRun:
     ) -> nnx.Module:
         """Builds a model with random weights as `models.build` does, with a head of the run's kind."""
         model = models.build(config, num_classes=num_classes, input_shape=input_shape, rngs=rngs)
-        if (hidden := self.arrays.get("head/hidden/kernel")) is not None:
+        if (surgery := self._surgery(model, input_shape)) is not None:
             classes = ("",) * num_classes
-            MLPHead(hidden.shape[-1])(model, source_classes=(), target_classes=classes, data=self.data, rngs=rngs)
+            surgery(model, source_classes=(), target_classes=classes, data=self.data, rngs=rngs)
         return model
+
+    def _surgery(self, model: nnx.Module, input_shape: tuple[int, ...]) -> Surgery | None:
+        """Returns what made the run's head of the architecture's own, by the shapes it left."""
+        head = {path.removeprefix("head/"): value for path, value in self.arrays.items() if path.startswith("head/")}
+        if "hidden/kernel" in head:
+            return MLPHead(head["hidden/kernel"].shape[-1])
+        if "bank" in head:
+            return NeighbourVotes(most=len(head["ranks"]), num_train=len(head["bank"]))
+        if "kernel" in head and head["kernel"].shape[0] != linear_head(model).in_features:
+            return TapHead(input_shape, self.input)
+        return None
 
     def _blank(self) -> nnx.Module:
         count = len(self.classes)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jxfer import models, paths
 from jxfer.config import DataConfig, Experiment, Method, ModelConfig
-from jxfer.data import Dataset, load_dataset
+from jxfer.data import Dataset, draw, load_dataset
 from jxfer.known import known_of
 from jxfer.partition import arrays_of
 from jxfer.typing import Arrays, Input, InputError
@@ -30,6 +30,8 @@ class Task:
     input: Input = "image"
     num_examples: int = dataclasses.field(default=0, compare=False)
     """About how many of the target train or validate where all do; 0 where nothing says."""
+    num_train: int = 1
+    """Training examples: of a run its own, of a plan of a solver those of the largest number of shots."""
 
 
 def base_model(config: ModelConfig, method: Method, task: Task, *, seed: int) -> nnx.Module:
@@ -71,7 +73,7 @@ def target_model(
         fresh = [pattern for surgery in method.surgeries for pattern in surgery.fresh]
         load_into(model, _except(fresh, source, arrays_of(model)), what="source weights")
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 1))
-    for surgery in method.surgeries:
+    for surgery in (_for_task(surgery, task) for surgery in method.surgeries):
         surgery(model, source_classes=classes, target_classes=task.target_classes, data=task.data, rngs=rngs)
     head = getattr(model, "head", None)
     output = getattr(head, "out", head)
@@ -154,6 +156,21 @@ def _check_channels(channels: int, target: Dataset) -> None:
             f"the source's images have {channels} channels, the target's {target.input_shape[-1]}; "
             f"set target.channels={channels}"
         )
+
+
+def num_train(experiment: Experiment) -> int:
+    """Returns how many training examples the largest number of shots of an experiment has."""
+    target = load_data(experiment.target)
+    shots = [count for count in experiment.shots if count is not None]
+    if len(shots) == len(experiment.shots):
+        return max(shots) * len(target.class_names)
+    return len(draw(target, experiment.target, None, 0).train)
+
+
+def _for_task(surgery: Any, task: Task) -> Any:
+    """Returns the surgery with its fields of the task's names filled in."""
+    fields = {field.name for field in dataclasses.fields(surgery)} & {"num_train", "input_shape", "input"}
+    return dataclasses.replace(surgery, **{name: getattr(task, name) for name in fields})
 
 
 def _except(fresh: Sequence[str], source: Mapping[str, Any], own: Mapping[str, Any]) -> Arrays:

@@ -50,6 +50,10 @@ class NonFiniteError(FloatingPointError):
     """A loss or gradient norm became NaN or infinite; the message names the step and the metric."""
 
 
+class ConvergenceError(ArithmeticError):
+    """A solver stopped short of the solution at every setting; the message says how far."""
+
+
 class AuditError(RuntimeError):
     """Something frozen changed, or something trainable never moved; the message names the paths.
 

@@ -61,7 +61,7 @@ def variants(experiment: Experiment, method: Method) -> tuple[Variant, ...]:
     Raises:
       InputError: a penalty weight is searched, and a penalty of the method has none.
     """
-    stepping = any(phase.train for phase in method.phases)
+    stepping = any(phase.train and phase.solver is None for phase in method.phases)
     tried = {name: getattr(experiment.search, name) for name in SEARCHED} if stepping else {}
     tried = {name: values for name, values in tried.items() if values}
     if not method.penalties:

@@ -15,8 +15,20 @@ from flax import nnx
 from PIL import Image
 
 from jxfer import checkpoint, models, partition, sharding, source
-from jxfer.config import DataConfig, Experiment, MeshConfig, Method, ModelConfig, SourceConfig, TrainConfig
+from jxfer.config import (
+    DataConfig,
+    Experiment,
+    Group,
+    MeshConfig,
+    Method,
+    ModelConfig,
+    Phase,
+    SourceConfig,
+    TrainConfig,
+)
 from jxfer.loop import Session
+from jxfer.methods import ALL
+from jxfer.surgery.head import NewHead
 
 MODELS = {f"tiny_{name}": size for name, size in tiny.CONFIGS.items()}
 """One of every kind of model, under names of their own: what jxfer remembers within a process goes by name."""
@@ -26,6 +38,16 @@ TARGET_CLASSES = ("b", "c", "e")
 """Some of the source's classes, and not its first ones."""
 
 TRAIN = TrainConfig(num_steps=4, batch_size=16, learning_rate=1e-2, eval_every=2, log_every=2)
+
+TWO_PHASES = Method(
+    "two_phases",
+    surgeries=(NewHead(),),
+    phases=(
+        Phase("probe", train=("head",), share=0.5),
+        Phase("tune", train=ALL, share=0.5, groups=(("head", Group(0.1)), ("backbone", Group(0.1)))),
+    ),
+)
+"""A method whose second phase begins where the first one ends."""
 
 QUIET = Session(progress=lambda what, done, total: None, should_stop=lambda: False)
 

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 
 import pytest
+import runs
 
 from jxfer import methods
 from jxfer.checks import check
@@ -101,12 +102,12 @@ def test_every_method_passes(name):
         (with_phases(HALF, HALF), "method `m`: phases has 'p' more than once"),
         (with_phases(Phase("p", ())), "method `m`, phase `p` trains nothing; .* `train`: head, backbone"),
         (
-            trial(train=TrainConfig(num_steps=1), methods=(methods.lp_ft,)),
-            "method `lp_ft`, phase `probe` gets 0 of 1 steps; raise its share of 0.5, or train.num_steps",
+            trial(train=TrainConfig(num_steps=1), methods=(runs.TWO_PHASES,)),
+            "method `two_phases`, phase `probe` gets 0 of 1 steps; raise its share of 0.5, or train.num_steps",
         ),
         (
-            trial(train=TrainConfig(num_steps=10, warmup_steps=5), methods=(methods.lp_ft,)),
-            "method `lp_ft`, phase `probe` gets 5 of 10 steps and train.warmup_steps is 5; lower that",
+            trial(train=TrainConfig(num_steps=10, warmup_steps=5), methods=(runs.TWO_PHASES,)),
+            "method `two_phases`, phase `probe` gets 5 of 10 steps and train.warmup_steps is 5; lower that",
         ),
     ],
 )

@@ -19,7 +19,7 @@ LAYERS = (
     ("state", "step"),
     ("cost", "chunks", "store", "variants", "planned", "saving"),
     ("checkpoint", "known", "source", "pretrained", "task", "plan", "evaluate"),
-    ("logs", "loop", "extract", "features", "stored", "phase", "equivalence", "population"),
+    ("logs", "loop", "extract", "features", "stored", "phase", "solve", "equivalence", "population"),
     ("search", "measure"),
     ("run", "predict", "export", "directory", "ablate"),
     ("report",),

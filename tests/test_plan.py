@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import runs
 import tiny
 from flax import nnx
 from hypothesis import given, settings
@@ -26,7 +27,7 @@ from jxfer.config import (
     TrainConfig,
 )
 from jxfer.data import Dataset
-from jxfer.methods import feature_retraining, fine_tuning, linear_probe, lp_ft, partial, zero_shot
+from jxfer.methods import feature_retraining, fine_tuning, linear_probe, partial, zero_shot
 from jxfer.partition import arrays_of
 from jxfer.plan import plan_method, plan_phases, start_phase
 from jxfer.task import Task, base_model, target_model
@@ -160,8 +161,8 @@ PHASE_TYPES = {
 
 
 def test_the_json_has_every_promised_field():
-    planned = json.loads(json.dumps(plan_method(EXPERIMENT, lp_ft, TASK).to_json()))
-    assert planned["method"] == "lp_ft"
+    planned = json.loads(json.dumps(plan_method(EXPERIMENT, runs.TWO_PHASES, TASK).to_json()))
+    assert planned["method"] == "two_phases"
     assert [(phase["name"], phase["steps"]) for phase in planned["phases"]] == [("probe", 5), ("tune", 5)]
     for phase in planned["phases"]:
         for name, kind in PHASE_TYPES.items():

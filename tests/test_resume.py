@@ -77,15 +77,15 @@ def assert_same_bits(arrays: dict[str, np.ndarray], expected: dict[str, np.ndarr
 
 @pytest.mark.parametrize("checkpoint_every", [None, 3])
 def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(experiment, source, tmp_path, checkpoint_every):
-    expected = run_with_stops(Job(experiment, methods.lp_ft, 3, 0), tmp_path / "undisturbed", source)
-    job = Job(runs.with_train(experiment, checkpoint_every=checkpoint_every), methods.lp_ft, 3, 0)
+    expected = run_with_stops(Job(experiment, runs.TWO_PHASES, 3, 0), tmp_path / "undisturbed", source)
+    job = Job(runs.with_train(experiment, checkpoint_every=checkpoint_every), runs.TWO_PHASES, 3, 0)
     row = run_with_stops(job, tmp_path / "stopped", source, (1, 4, 5, 3, 5, 2))
     assert_same_result(row, expected, but=("config_hash",))
     assert_same_bits(final_arrays(tmp_path / "stopped"), final_arrays(tmp_path / "undisturbed"))
 
 
 def test_a_resumed_run_keeps_the_rows_of_its_log_and_adds_none_twice(experiment, source, tmp_path):
-    job = Job(runs.with_train(experiment, checkpoint_every=2), methods.lp_ft, 3, 0)
+    job = Job(runs.with_train(experiment, checkpoint_every=2), runs.TWO_PHASES, 3, 0)
     run_with_stops(job, tmp_path / "undisturbed", source)
     run_with_stops(job, tmp_path / "stopped", source, (4, 5, 5))
     logs = [

@@ -1,10 +1,11 @@
 """What a stage is: one of a model's named parts, run in order, from the pixels to the head."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jxfer import paths
@@ -50,7 +51,39 @@ def run_stages(model: Any, x: PyTree, *, start: str | None = None, stop: str | N
     last = len(model.stages) if stop is None else _index(stop, model.stages)
     if last < first:
         raise InputError(f"cannot run from stage `{start}` up to `{stop}`, which comes before it; swap them")
-    for parent, group in itertools.groupby(model.stages[first:last], key=lambda name: name.rpartition("/")[0]):
+    head = len(model.stages) - 1
+    if getattr(model, "taps", ()) and first < head <= last:
+        if first:
+            raise InputError(f"the head of this {type(model).__name__} sees every stage; run it from the first")
+        x = jnp.concatenate(tapped(model, x, [name for name, _ in model.taps]), axis=-1)
+        first = head
+    return _run(model, x, model.stages[first:last])
+
+
+def tapped(model: Any, x: PyTree, names: Sequence[str]) -> list[jax.Array]:
+    """Returns the pooled activations after each of these stages, [B D] each.
+
+    `names` are in the order of the stages. A model with a surgery's `taps`, pairs of a stage and its width, hands them
+    to its head in this order.
+    """
+    pooled, done = [], 0
+    for name in names:
+        end = _index(name, model.stages) + 1
+        x, done = _run(model, x, model.stages[done:end]), end
+        pooled.append(pool(x))
+    return pooled
+
+
+def pool(activations: PyTree) -> jax.Array:
+    """Returns the mean over all axes but the first and the last, of texts over the tokens that are not padding."""
+    if isinstance(activations, Mapping):
+        weights = activations["mask"][..., None].astype(activations["hidden"].dtype)
+        return jnp.sum(activations["hidden"] * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
+    return jnp.mean(activations, axis=tuple(range(1, activations.ndim - 1)))
+
+
+def _run(model: Any, x: PyTree, names_of_all: Sequence[str]) -> PyTree:
+    for parent, group in itertools.groupby(names_of_all, key=lambda name: name.rpartition("/")[0]):
         names = list(group)
         if parent and getattr(model, "scan", False):
             from jxfer.models.scan import scan_blocks

@@ -18,13 +18,25 @@ from jxfer.typing import Arrays
 class Heads(Protocol):
     """Heads for the same features under several settings."""
 
-    names: tuple[str, ...]
-    """Of the settings, in the order of the path."""
-    gradient_norms: tuple[float, ...]
-    """How far each is from solved; 0 for closed forms."""
-    converged: tuple[bool, ...]
-    flops: float
-    """Of finding all of them."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the settings, in the order of the path."""
+        ...
+
+    @property
+    def gradient_norms(self) -> tuple[float, ...]:
+        """How far each is from solved; 0 for closed forms."""
+        ...
+
+    @property
+    def converged(self) -> tuple[bool, ...]:
+        """Whether each is solved."""
+        ...
+
+    @property
+    def flops(self) -> float:
+        """Of finding all of them."""
+        ...
 
     def logits(self, features: Float[Array, "M D"], index: int) -> Float[Array, "M K"]:
         """Returns what the head of one setting says."""

@@ -39,7 +39,8 @@ class NearestNeighbours:
             raise InputError(f"counts is {self.counts}, but there are {len(features)} training examples; take fewer")
         normalise = self.metric == "cosine"
         bank = unit(features) if normalise else features
-        return NeighbourHeads(counts, bank, labels, num_classes, float(normalise), self.sharpness)
+        most = min(max(self.counts), len(features))
+        return NeighbourHeads(counts, most, bank, labels, num_classes, float(normalise), self.sharpness)
 
     def cost(self, num_examples: int, num_features: int, num_classes: int) -> tuple[float, int]:
         """Returns what comparing one example with the bank takes, since there is nothing to solve, and its bytes."""
@@ -55,6 +56,8 @@ class NeighbourHeads:
     """A bank of examples, asked by each k."""
 
     counts: tuple[int, ...]
+    most: int
+    """Length of the ranks, the same for every k."""
     bank: Float[Array, "N D"]
     labels: Int[Array, " N"]
     num_classes: int
@@ -89,11 +92,11 @@ class NeighbourHeads:
         return jnp.concatenate(blocks)
 
     def arrays(self, index: int) -> Arrays:
-        """Returns `bank` [N D], `labels` [N], `ranks` [k], and the scalars `normalise` and `sharpness`."""
+        """Returns `bank` [N D], `labels` [N], `ranks` [largest k], and the scalars `normalise` and `sharpness`."""
         return {
             "bank": self.bank,
             "labels": self.labels,
-            "ranks": jnp.ones(self.counts[index]),
+            "ranks": (jnp.arange(self.most) < self.counts[index]).astype(jnp.float32),
             "normalise": jnp.float32(self.normalise),
             "sharpness": jnp.float32(self.sharpness),
         }
@@ -103,7 +106,7 @@ def vote(
     features: Float[Array, "B D"],
     bank: Float[Array, "N D"],
     labels: Int[Array, " N"],
-    ranks: Float[Array, " k"],
+    ranks: Float[Array, " R"],
     normalise: Float[Array, ""],
     sharpness: Float[Array, ""],
     *,
@@ -115,7 +118,7 @@ def vote(
       features: of the examples to classify.
       bank: the training features, of unit length already where they are to be.
       labels: of the bank.
-      ranks: weight of the vote of the nearest, the second nearest and so on; its length is k.
+      ranks: 1 for the k nearest, then 0: no more than R can vote.
       normalise: 1 to compare directions, 0 to compare the features as they are.
       sharpness: of the weights by distance.
       num_classes: K.
@@ -125,9 +128,9 @@ def vote(
     # -d² / 2, without the part that is the same for the whole bank.
     scores, nearest = jax.lax.top_k(products - jnp.sum(jnp.square(bank), axis=1) / 2, len(ranks))
     weights = ranks * jnp.exp(sharpness * (scores - scores[:, :1]))
-    weights *= len(ranks) / jnp.sum(weights, axis=1, keepdims=True)
+    weights *= jnp.sum(ranks) / jnp.sum(weights, axis=1, keepdims=True)
     votes = jnp.einsum("bk,bkc->bc", weights, jax.nn.one_hot(labels[nearest], num_classes))
-    return jnp.log((votes + 1 / num_classes) / (len(ranks) + 1))
+    return jnp.log((votes + 1 / num_classes) / (jnp.sum(ranks) + 1))
 
 
 def unit(features: Float[Array, "N D"]) -> Float[Array, "N D"]:

@@ -20,7 +20,7 @@ class SelectedLogistic:
     strength; ridge on standardised features has its scores in closed form, and the shares are swept here too.
     """
 
-    fractions: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0)
+    fractions: tuple[float, ...] = (0.1, 0.3, 1.0)
     """Shares of the features that are kept."""
     strengths: tuple[float, ...] = tuple(10.0**exponent for exponent in range(-5, 2))
     """λ of the logistic regressions, on standardised features."""

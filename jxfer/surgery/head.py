@@ -37,7 +37,7 @@ class NewHead:
         """Alters the model in place."""
         del source_classes, data
         old = linear_head(model)
-        model.head = _zero_linear(old.in_features, len(target_classes), old, rngs)
+        model.head = zero_linear(old.in_features, len(target_classes), old, rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class KeepRows:
                 raise InputError(f"the source's head has no class `{name}` to keep; nearest: {near}; use a new head")
         rows = jnp.asarray([list(source_classes).index(name) for name in target_classes])
         old = linear_head(model)
-        head = _zero_linear(old.in_features, len(target_classes), old, rngs)
+        head = zero_linear(old.in_features, len(target_classes), old, rngs)
         head.kernel.set_value(jnp.take(old.kernel.get_value(), rows, axis=1))
         if head.bias is not None and old.bias is not None:
             head.bias.set_value(jnp.take(old.bias.get_value(), rows))
@@ -103,7 +103,7 @@ class MLP(nnx.Module):
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, *, like: nnx.Linear, rngs: nnx.Rngs):
         self.hidden = nnx.Linear(in_dim, hidden_dim, dtype=like.dtype, rngs=rngs)
-        self.out = _zero_linear(hidden_dim, out_dim, like, rngs)
+        self.out = zero_linear(hidden_dim, out_dim, like, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps features [B D] to logits [B K]."""
@@ -123,6 +123,7 @@ def linear_head(model: Any) -> nnx.Linear:
     return head
 
 
-def _zero_linear(in_dim: int, out_dim: int, like: nnx.Linear, rngs: nnx.Rngs) -> nnx.Linear:
+def zero_linear(in_dim: int, out_dim: int, like: nnx.Linear, rngs: nnx.Rngs) -> nnx.Linear:
+    """Returns a linear layer of zeros that is otherwise like another one."""
     zeros = nnx.initializers.zeros_init()
     return nnx.Linear(in_dim, out_dim, use_bias=like.use_bias, dtype=like.dtype, kernel_init=zeros, rngs=rngs)
