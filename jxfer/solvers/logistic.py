@@ -12,7 +12,7 @@ from jxfer.solvers.basis import EIGEN_FLOPS
 from jxfer.solvers.heads import LinearHeads, as_arrays, flops_of, shape
 from jxfer.typing import InputError
 
-STRENGTHS = tuple(float(f"{value:.3g}") for value in np.logspace(-6, 2, 33))
+STRENGTHS = tuple(float(f"{value:.3g}") for value in np.logspace(-6, 4, 41))
 """Four per decade; validation chooses, whatever the scale of the features is."""
 
 LOGITS = 5
