@@ -81,9 +81,10 @@ def test_each_variant_ends_as_it_would_alone(experiment, source, tmp_path, metho
     assert {part for phase in alone["population"] for part in phase["parts"]} == {1}
     assert row["variant"] == alone["variant"]
     for name, metrics in metrics_by_variant(alone).items():
-        assert metrics_by_variant(row)[name] == pytest.approx(metrics, rel=1e-5), name
+        # float32 through six steps and batch norms: some hundred roundings on top of one another
+        assert metrics_by_variant(row)[name] == pytest.approx(metrics, rel=1e-4), name
     for path, value in expected.items():
-        np.testing.assert_allclose(arrays[path], value, rtol=1e-5, atol=1e-6, err_msg=path)  # float32, six steps
+        np.testing.assert_allclose(arrays[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
 def test_the_weights_of_a_penalty_and_the_seeds_of_heads_are_numbers_too(experiment, source, tmp_path):
