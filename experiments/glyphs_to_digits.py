@@ -27,6 +27,7 @@ experiment = Experiment(
         methods.scratch,
         methods.zero_shot,
         methods.linear_probe,
+        methods.logistic_probe,
         methods.feature_retraining,
         methods.fine_tuning,
         methods.fine_tuning_kept_head,

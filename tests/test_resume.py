@@ -79,7 +79,7 @@ def assert_same_bits(arrays: dict[str, np.ndarray], expected: dict[str, np.ndarr
 def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(experiment, source, tmp_path, checkpoint_every):
     expected = run_with_stops(Job(experiment, runs.TWO_PHASES, 3, 0), tmp_path / "undisturbed", source)
     job = Job(runs.with_train(experiment, checkpoint_every=checkpoint_every), runs.TWO_PHASES, 3, 0)
-    row = run_with_stops(job, tmp_path / "stopped", source, (1, 4, 5, 3, 5, 2))
+    row = run_with_stops(job, tmp_path / "stopped", source, (1, 4, 5, 3, 3))
     assert_same_result(row, expected, but=("config_hash",))
     assert_same_bits(final_arrays(tmp_path / "stopped"), final_arrays(tmp_path / "undisturbed"))
 
@@ -107,12 +107,14 @@ def test_a_method_that_was_changed_does_not_continue_the_checkpoints_of_the_old(
     assert_same_result(changed, run_with_stops(new, tmp_path / "fresh", source))
 
 
-def test_a_half_written_checkpoint_is_not_continued_from(experiment, source, tmp_path):
+@pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
+def test_a_half_written_checkpoint_is_not_continued_from(experiment, source, tmp_path, population):
+    experiment = dataclasses.replace(experiment, search=dataclasses.replace(experiment.search, population=population))
     job = Job(runs.with_train(experiment, checkpoint_every=1, keep_checkpoints=2), methods.linear_probe, 3, 0)
     expected = run_with_stops(job, tmp_path / "undisturbed", source)
     with pytest.raises(InterruptedRun):
         run.run(job, tmp_path / "stopped", runs.stop_after(5), source=source)
-    folder = tmp_path / "stopped" / "checkpoints" / "learning_rate=0.001" / "0"
+    (folder,) = (tmp_path / "stopped" / "checkpoints").glob("*/0")
     files = [path for path in (folder / "5").rglob("*") if path.is_file() and path.stat().st_size > 100]
     os.truncate(max(files, key=lambda path: path.stat().st_size), 50)
     (folder / "6").mkdir()  # as a process leaves it that is killed while it saves
