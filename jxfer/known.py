@@ -13,9 +13,10 @@ from jxfer import data, models, paths
 from jxfer.config import PREPROCESSING, DataConfig, Experiment, ModelConfig, SourceConfig, from_dict
 from jxfer.data.text import DEFAULT_TOKENIZER
 from jxfer.typing import InputError
-from jxfer.weights.names import OWN, identify, joined, namings_of, own_naming
+from jxfer.weights.names import OWN, identify, joined, namings_of, own_naming, resizes_of
 from jxfer.weights.naming import Naming
 from jxfer.weights.open import VECTORS, Published, open_published
+from jxfer.weights.resize import InputChannels, PatchKernel
 
 RUN = "run:"
 
@@ -161,7 +162,8 @@ def _known_of_published(weights: str, classes: tuple[str, ...], model: ModelConf
     if count and len(named) != count:
         raise InputError(f"source.classes has {len(named)} names, but the head of '{weights}' has {count} outputs")
     tokenizer = {"tokenizer": weights} if published.tokenizer else {}
-    preprocessing = {**naming.preprocessing, **published.preprocessing, **tokenizer}
+    channels = {"channels": _num_channels(published, naming, size)}
+    preprocessing = {**channels, **naming.preprocessing, **published.preprocessing, **tokenizer}
     return Known(model, named if count else (), preprocessing)
 
 
@@ -178,6 +180,14 @@ def _num_classes(published: Published, naming: Naming, size: Any) -> int:
     """Returns the outputs of the published head, 0 where there is none."""
     shape = _shape_of("head/kernel", published, naming, size)
     return shape[-1] if shape else 0
+
+
+def _num_channels(published: Published, naming: Naming, size: Any) -> int | None:
+    """Returns the channels of the images that the published network saw; None where it saw others than grey or RGB."""
+    for path, resize in resizes_of(size):
+        if isinstance(resize, InputChannels | PatchKernel) and (shape := _shape_of(path, published, naming, size)):
+            return shape[2] if shape[2] in (1, 3) else None
+    return None
 
 
 def _shape_of(path: str, published: Published, naming: Naming, size: Any) -> tuple[int, ...] | None:

@@ -199,7 +199,7 @@ def test_texts_are_predicted_from_lines_on_standard_input(tmp_path, monkeypatch,
         found = weights_of(pretrained.load(origin))
         assert all(np.array_equal(found[path], value) for path, value in run.weights.items())
     preparation = known.known_of(SourceConfig(weights=f"file:{tmp_path / 'export'}"), run.model).preprocessing
-    assert preparation == {"max_tokens": 6, "tokenizer": f"file:{tmp_path / 'export'}"}
+    assert preparation == {"channels": None, "max_tokens": 6, "tokenizer": f"file:{tmp_path / 'export'}"}
 
 
 def test_given_word_vectors_are_loaded_and_the_rest_begins_anew(tmp_path):

@@ -45,9 +45,10 @@ def experiment(tmp_path):
 
 def test_what_comes_with_weights_fills_what_the_user_left_open(experiment):
     resolved = known.resolve(experiment)
-    assert (resolved.target.image_size, resolved.target.mean) == (32, (0.485, 0.456, 0.406))
-    grey = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, channels=1))
-    assert known.resolve(grey).target.mean == (pytest.approx((0.485 + 0.456 + 0.406) / 3),), "as kernels are summed"
+    assert (resolved.target.image_size, resolved.target.channels) == (32, 1), "as its first kernel has"
+    assert resolved.target.mean == (pytest.approx((0.485 + 0.456 + 0.406) / 3),), "as kernels are summed"
+    colour = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, channels=3))
+    assert known.resolve(colour).target.mean == (0.485, 0.456, 0.406)
     own = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, mean=(0.1,)))
     assert known.resolve(own).target.mean == (0.1,)
     assert known.resolve(resolved) == resolved
@@ -165,7 +166,7 @@ def test_a_delta_on_another_base_is_an_error(delta_run, tmp_path):
 
 
 def test_a_delta_on_published_weights_names_them_where_they_are_not_the_same_any_more(tmp_path, experiment):
-    grey = dataclasses.replace(experiment.target, image_size=8, channels=1)
+    grey = dataclasses.replace(experiment.target, image_size=8)
     trial = dataclasses.replace(experiment, save="delta", target=grey)
     ablate.ablate(runs.with_methods(trial, methods.linear_probe), tmp_path / "out", runs.QUIET, command="")
     run = tmp_path / "out" / "runs" / "linear_probe-shots3-seed0"
@@ -190,8 +191,7 @@ def test_the_folder_of_an_ablation_is_answered_with_a_run_in_it(delta_run):
 
 
 def test_a_plan_refuses_weights_that_do_not_fit_before_anything_is_read(experiment):
-    target = dataclasses.replace(experiment.target, image_size=8, channels=1)
-    grey = dataclasses.replace(experiment, target=target)
+    grey = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, image_size=8))
     assert plan.plan_experiment(grey, methods.linear_probe).phases
     other = dataclasses.replace(grey, model=ModelConfig(MODEL, size=(("num_blocks", "2"),)))
     with pytest.raises(InputError, match="no tensor for `layer1/1/bn1/bias` and"):

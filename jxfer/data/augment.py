@@ -73,7 +73,8 @@ def normalise(image: Float[Array, "B H W C"], config: DataConfig) -> Float[Array
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise InputError(
-                f"data.{name} has {len(values)} values for images of {channels} channels; give 1 or {channels}"
+                f"data.{name} has {len(values)} values for images of {channels} channels; "
+                f"give {' or '.join(map(str, sorted({1, channels})))}, or convert the images with data.channels"
             )
     image = image[..., ::-1] if config.channel_order == "bgr" else image
     return (image - jnp.array(mean)) / jnp.array(std)
