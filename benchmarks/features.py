@@ -30,7 +30,7 @@ from jxfer.partition import FROZEN
 from jxfer.phase import EVAL_BATCH_SIZE
 from jxfer.plan import PlannedPhase, phase_steps, plan_phases, prepare_images, start_phase
 from jxfer.sharding import make_mesh, put_batch
-from jxfer.state import Fixed, TrainState
+from jxfer.state import Fixed, TrainState, place_state
 
 NUM_CLASSES, EPOCHS = 10, 10
 
@@ -48,7 +48,7 @@ class Setting:
 
 
 FULL = Setting("resnet18_32", (32, 32, 3), "layer4", num_images=512, rounds=2)
-QUICK = Setting("convnet", (8, 8, 1), "layer2", num_images=256, rounds=2)
+QUICK = Setting("convnet", (8, 8, 1), "layer2", num_images=128, rounds=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Job:
 
     def run(self) -> tuple[data.Split, float]:
         """Trains all epochs and returns what it trained on, and the FLOPs of making that."""
-        state, fixed = start_phase(self.experiment, self.method, self.planned, self.model, key=jax.random.key(0))
         mesh = make_mesh(self.experiment.mesh)
+        state, fixed = self.start(mesh)
         split, flops = self.images, 0.0
         if self.planned.stored:
             split, flops = self.extract(state, fixed, mesh)
@@ -105,6 +105,11 @@ class Job:
             state, _ = train_step(state, fixed, put_batch(batch, mesh))
         jax.block_until_ready(state)
         return split, flops
+
+    def start(self, mesh: jax.sharding.Mesh) -> tuple[TrainState, Fixed]:
+        """Returns what moves and what does not before the first step."""
+        started = start_phase(self.experiment, self.method, self.planned, self.model, key=jax.random.key(0))
+        return place_state(*started, mesh, self.experiment.mesh)
 
     def extract(self, state: TrainState, fixed: Fixed, mesh: jax.sharding.Mesh) -> tuple[data.Split, float]:
         """Returns the features of all images, out of an empty store, and the FLOPs of computing them."""
@@ -126,10 +131,10 @@ class Job:
 
     def train_flops(self, split: data.Split) -> float:
         """Returns the FLOPs of all steps on a split."""
-        state, fixed = start_phase(self.experiment, self.method, self.planned, self.model, key=jax.random.key(0))
+        mesh = make_mesh(self.experiment.mesh)
+        state, fixed = self.start(mesh)
         train_step, _ = phase_steps(self.experiment, self.method, self.planned, NUM_CLASSES)
-        rows = next(data.batches(split, batch_size=self.setting.batch_size, seed=0))
-        batch = put_batch(rows, make_mesh(self.experiment.mesh))
+        batch = put_batch(next(data.batches(split, batch_size=self.setting.batch_size, seed=0)), mesh)
         return self.experiment.train.num_steps * cost_of(train_step, state, fixed, batch).step_flops
 
 

@@ -62,10 +62,19 @@ def test_ten_epochs_on_stored_features_take_one_pass_of_the_extractor(script, ca
     online, stored = (results[f"head, {way}"] for way in ("online", "stored"))
     assert stored.flops < online.flops / 8
     assert results["last stage and head, stored"].flops < results["last stage and head, online"].flops
-    assert stored.bytes == 256 * 128 * 4
+    assert stored.bytes == 128 * 128 * 4
     assert online.bytes == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in results)
+
+
+def test_a_population_shares_the_backbone(script, capsys):
+    population = script("population")
+    one, eight = population.flops_of_heads("resnet18_32", 8)  # in a tiny network the head is no small part
+    assert one < eight < 1.1 * one
+    ratios = population.main(["--quick"])
+    assert {population.POPULATION, population.STEPS_BY_JXFER, population.SCANS} <= ratios.keys()
+    assert "the FLOPs of one" in capsys.readouterr().out
 
 
 def test_a_round_goes_once_through_all_calls_and_the_next_begins_one_later(script):

@@ -104,7 +104,7 @@ def shrunk(experiment: Experiment, folder: Path) -> Experiment:
         small,
         train=shrink(experiment.train),
         methods=experiment.methods[:4],
-        search=SearchConfig(*(values[:1] for values in dataclasses.astuple(experiment.search))),
+        search=SearchConfig(experiment.search.learning_rate[:1]),
         shots=(2,) if experiment.shots[0] else (None,),
         seeds=1,
     )
