@@ -17,7 +17,7 @@ import optax
 from jxfer.models.stages import run_stages, unpack
 from jxfer.objectives import Objective
 from jxfer.partition import arrays_of
-from jxfer.state import STACKED, Definition, Fixed, Population, TrainState, merge_state
+from jxfer.state import Definition, Fixed, Population, TrainState, merge_state
 from jxfer.typing import INPUTS, Arrays, Batch, InputError, Metrics, PyTree
 
 Apply = Callable[[Any, Batch], jax.Array]
@@ -74,10 +74,11 @@ def make_train_step(
       ema_decay: of the average of the trainable parameters; the state must have been made with `ema=True`.
     """
 
-    advance = functools.partial(_advance, objective, apply, prepare, penalties, num_microbatches, ema_decay)
+    gradients = functools.partial(_gradients, objective, apply, prepare, penalties, num_microbatches)
 
     def train_step(state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, Metrics]:
-        moved, metrics = advance(state, fixed, batch)
+        grads, variables, metrics = gradients(state, fixed, batch)
+        moved = _update(state, fixed, grads, variables, ema_decay)
         return _keep_placed(moved, fixed.definition), metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -99,16 +100,25 @@ def make_population_step(
     the frozen stages make of it are computed once for all. A variant whose loss or gradient norm is not finite keeps
     what it had before and never moves again; its metrics are NaN from then on.
     """
-    advance = functools.partial(_advance, objective, apply, prepare, penalties, num_microbatches, ema_decay)
+    gradients = functools.partial(_gradients, objective, apply, prepare, penalties, num_microbatches)
+
+    def advance(
+        state: TrainState, alive: jax.Array, fixed: Fixed, batch: Batch
+    ) -> tuple[TrainState, jax.Array, Metrics]:
+        grads, variables, metrics = gradients(state, fixed, batch)
+        alive = alive & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        grads = _choose(alive, grads, jax.tree.map(jnp.zeros_like, grads))  # only finite numbers reach the optimizer
+        # XLA would otherwise transpose the heads' gradients, which come out of one product, in each loop that reads them.
+        moved = _update(state, fixed, jax.lax.optimization_barrier(grads), variables, ema_decay)
+        names = ("params", "variables", "ema")
+        kept = {name: _choose(alive, getattr(moved, name), getattr(state, name)) for name in names}
+        metrics = {name: jnp.where(alive | (name == "count"), value, jnp.nan) for name, value in metrics.items()}
+        return dataclasses.replace(moved, **kept), alive, metrics
 
     def population_step(population: Population, fixed: Fixed, batch: Batch) -> tuple[Population, Metrics]:
-        axes = _population_axes(fixed)
-        before = population.state
-        moved, metrics = jax.vmap(advance, in_axes=(*axes, None), out_axes=(axes[0], 0))(before, fixed, batch)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        alive = population.alive & finite
-        state = dataclasses.replace(_where_alive(alive, moved, before), step=moved.step, key=moved.key)
-        metrics = {name: jnp.where(alive | (name == "count"), value, jnp.nan) for name, value in metrics.items()}
+        state_axes, fixed_axes = _population_axes(fixed)
+        every = jax.vmap(advance, in_axes=(state_axes, 0, fixed_axes, None), out_axes=(state_axes, 0, 0))
+        state, alive, metrics = every(population.state, population.alive, fixed, batch)
         return _keep_placed(Population(state, alive), fixed.definition), metrics
 
     return jax.jit(population_step, donate_argnums=0)
@@ -135,19 +145,17 @@ def make_population_eval_step(
     return jax.jit(eval_step)
 
 
-def _advance(
+def _gradients(
     objective: Objective,
     apply: Apply,
     prepare: Prepare | None,
     penalties: tuple[Callable[[Arrays, Arrays], jax.Array], ...],
     num_microbatches: int,
-    ema_decay: float | None,
     state: TrainState,
     fixed: Fixed,
     batch: Batch,
-) -> tuple[TrainState, Metrics]:
-    """Takes one optimizer step and returns the state after it with the metrics of the batch before it."""
-    _check_average(state, ema_decay)
+) -> tuple[Arrays, Arrays, Metrics]:
+    """Returns the gradients of a batch, the variables after its forward pass, and its metrics with `grad_norm`."""
     objective, penalties = _with_numbers(objective, penalties, fixed.numbers)
     key = jax.random.fold_in(state.key, state.step)
     batch = _with_mask(batch)
@@ -156,11 +164,16 @@ def _advance(
     if penalties:
         pull = jax.grad(lambda params: sum(penalty(params, fixed.reference) for penalty in penalties))
         grads = jax.tree.map(jnp.add, grads, pull(state.params))
+    return grads, variables, {**metrics, "grad_norm": optax.tree.norm(grads)}
+
+
+def _update(state: TrainState, fixed: Fixed, grads: Arrays, variables: Arrays, ema_decay: float | None) -> TrainState:
+    """Takes one optimizer step."""
+    _check_average(state, ema_decay)
     updates, opt_state = fixed.definition.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-    moved = TrainState(state.step + 1, params, variables, opt_state, ema, state.key)
-    return moved, {**metrics, "grad_norm": optax.tree.norm(grads)}
+    return TrainState(state.step + 1, params, variables, opt_state, ema, state.key)
 
 
 def _with_numbers(objective: Any, penalties: tuple[Any, ...], numbers: Mapping[str, jax.Array]) -> tuple[Any, Any]:
@@ -191,13 +204,8 @@ def _population_axes(fixed: Fixed) -> tuple[TrainState, Fixed]:
     return state, dataclasses.replace(fixed, params=None, variables=None, reference=0, numbers=0)
 
 
-def _where_alive(alive: jax.Array, moved: TrainState, before: TrainState) -> TrainState:
-    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(alive.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
-
-    return dataclasses.replace(
-        moved, **{name: jax.tree.map(choose, getattr(moved, name), getattr(before, name)) for name in STACKED}
-    )
+def _choose(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def _check_average(state: TrainState, ema_decay: float | None) -> None:
