@@ -108,8 +108,7 @@ def make_population_step(
         grads, variables, metrics = gradients(state, fixed, batch)
         alive = alive & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         grads = _choose(alive, grads, jax.tree.map(jnp.zeros_like, grads))  # only finite numbers reach the optimizer
-        # XLA would otherwise transpose the heads' gradients, which come out of one product, in each loop that reads them.
-        moved = _update(state, fixed, jax.lax.optimization_barrier(grads), variables, ema_decay)
+        moved = _update(state, fixed, grads, variables, ema_decay)
         names = ("params", "variables", "ema")
         kept = {name: _choose(alive, getattr(moved, name), getattr(state, name)) for name in names}
         metrics = {name: jnp.where(alive | (name == "count"), value, jnp.nan) for name, value in metrics.items()}

@@ -72,7 +72,7 @@ def test_a_population_shares_the_backbone(script, capsys):
     population = script("population")
     one, eight = population.flops_of_heads("resnet18_32", 8)  # in a tiny network the head is no small part
     assert one < eight < 1.1 * one
-    ratios = population.main(["--quick"])
+    (ratios,) = population.main(["--quick"]).values()
     assert {population.POPULATION, population.STEPS_BY_JXFER, population.SCANS} <= ratios.keys()
     assert "the FLOPs of one" in capsys.readouterr().out
 

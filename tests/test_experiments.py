@@ -97,6 +97,9 @@ def shrunk(experiment: Experiment, folder: Path) -> Experiment:
         if experiment.target.name.startswith("folder:"):
             name = runs.write_folder(folder / "images", runs.TARGET_CLASSES)
             small = dataclasses.replace(small, target=dataclasses.replace(small.target, name=name))
+            name = runs.write_folder(folder / "source", runs.SOURCE_CLASSES)  # rendering characters takes long
+            data = dataclasses.replace(small.source.data, name=name, image_size=32)
+            small = dataclasses.replace(small, source=dataclasses.replace(small.source, data=data))
     else:
         small = publish(experiment, folder)
         small = dataclasses.replace(small, target=write_target(small, folder / "data"))

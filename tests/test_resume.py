@@ -251,6 +251,7 @@ def test_killed_at_many_random_steps_an_ablation_ends_bit_for_bit_as_if_it_had_n
     assert_same_ablation(tmp_path, expected)
 
 
+@pytest.mark.slow  # a stop in the process and a command stopped by a signal are tested by themselves
 def test_sigterm_stops_the_command_with_75_and_the_same_command_continues(script, child_env, tmp_path):
     main = "import sys; from jxfer.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", main, "run", str(script.with_name("long.py")), "--method", "scratch"]
