@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 install_import_hook("jxfer", "beartype.beartype")
@@ -29,6 +30,16 @@ def real_data() -> Path:
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps data prepared by tests out of the user's cache directory."""
     os.environ["JXFER_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(autouse=True)
+def _compilation_cache_as_before() -> Iterator[None]:
+    """Ends the writing of compiled programs to disk that a command begins: it has crashed in long test processes."""
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    if jax.config.jax_compilation_cache_dir != before:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
