@@ -1,7 +1,7 @@
 """Ants or bees? 244 photographs, with and without ImageNet: what do 1.2 million pictures of other things bring?
 
 Source: SqueezeNet 1.1 trained on ImageNet. Target: the hymenoptera set, 123 ants and 121 bees to train on, 153 to test.
-Claim: transfer is clearly better than training from scratch, and frozen features suffice. Expected (mean ± 95 %
+Claim: transfer is better than training from scratch, and frozen features suffice. Expected (mean ± 95 %
 interval, 5 seeds): scratch 58.2 ± 4.6, linear_probe 88.4 ± 0.7, fine_tuning 86.7 ± 2.4, layer_decay 85.2 ± 2.0 %.
 Time: 22 minutes on 2 busy CPU cores.
 
