@@ -27,7 +27,7 @@ from jxfer.cost import cost_of
 from jxfer.features import Extractor
 from jxfer.loop import Session
 from jxfer.partition import FROZEN
-from jxfer.phase import EVAL_BATCH_SIZE
+from jxfer.phase import FEATURE_BATCH_SIZE
 from jxfer.plan import PlannedPhase, phase_steps, plan_phases, prepare_images, start_phase
 from jxfer.sharding import make_mesh, put_batch
 from jxfer.state import Fixed, TrainState, place_state
@@ -122,7 +122,7 @@ class Job:
             mesh=mesh,
             session=Session(lambda what, done, total: None, lambda: False),
             title="benchmark",
-            batch_size=EVAL_BATCH_SIZE,
+            batch_size=FEATURE_BATCH_SIZE,
         )
         prepare = prepare_images(self.experiment, NUM_CLASSES, train=False)
         with empty_store():

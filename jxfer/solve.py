@@ -18,7 +18,16 @@ from jxfer.features import Extraction
 from jxfer.models.stages import FEATURES
 from jxfer.objectives import classification, means
 from jxfer.partition import fingerprint
-from jxfer.phase import EVAL_BATCH_SIZE, Context, PhaseResult, Splits, all_arrays, rank, store_features
+from jxfer.phase import (
+    EVAL_BATCH_SIZE,
+    FEATURE_BATCH_SIZE,
+    Context,
+    PhaseResult,
+    Splits,
+    all_arrays,
+    rank,
+    store_features,
+)
 from jxfer.plan import PlannedPhase, phase_steps, prepare_images, start_phase
 from jxfer.solvers.heads import Heads
 from jxfer.solvers.logistic import LogisticPath
@@ -97,7 +106,7 @@ def _features(
         return *store_features(context, planned, state, fixed, splits), 0.0
     prepare = prepare_images(context.experiment, context.num_classes, train=False)
     step = make_feature_step(prepare, stop="head")
-    prefix = Prefix(step, state, fixed, context.mesh, EVAL_BATCH_SIZE)
+    prefix = Prefix(step, state, fixed, context.mesh, FEATURE_BATCH_SIZE)
     flops = prefix.describe(splits.train)[1] * len(splits.train)
     return Splits(_compute(prefix, splits.train), _compute(prefix, splits.validation)), Extraction(), flops
 
