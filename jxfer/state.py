@@ -171,7 +171,7 @@ def init_population(
       key: shared, so that all variants see the same augmented images.
       ema: whether to keep averages.
       reference: paths whose starting values penalties will need.
-      multiple: copies of the last variant that are not alive fill the population up to a multiple of it.
+      multiple: copies of the last variant fill the population up to a multiple of it.
     """
     models = [*models, *[models[-1]] * (-len(models) % multiple)]
     state, fixed = init_state(models[0], partition, tx, key=key, ema=ema, reference=reference)
