@@ -11,6 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jxfer.xla_flags import set_xla_flags
+
+set_xla_flags()  # what is measured is what the commands run
+
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:

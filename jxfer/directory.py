@@ -99,6 +99,7 @@ def versions(command: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "device": f"{len(devices)} × {devices[0].device_kind}",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
     }
 

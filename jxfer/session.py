@@ -12,16 +12,18 @@ import jax
 from jxfer.data.prepare import cache_dir
 from jxfer.loop import Session
 from jxfer.progress import progress
+from jxfer.xla_flags import set_xla_flags
 
 
 def prepare_jax() -> None:
-    """Keeps compiled programs between processes, which takes most of the start-up away, and silences absl's notes.
+    """Sets XLA's flags, keeps compiled programs between processes, and silences absl's notes.
 
-    To be called before anything is compiled. `JAX_COMPILATION_CACHE_DIR` in the environment leaves the choice of what
-    is kept, and where, to jax.
+    Kept programs take most of the start-up away. To be called before jax starts a backend. `JAX_COMPILATION_CACHE_DIR`
+    in the environment leaves the choice of what is kept, and where, to jax.
     """
     import absl.logging
 
+    set_xla_flags()
     absl.logging.set_verbosity(absl.logging.ERROR)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

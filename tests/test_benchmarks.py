@@ -92,7 +92,7 @@ def test_ratios_are_taken_within_rounds(script):
 
 
 def test_solving_a_path_at_once_reaches_the_objective_of_scikit_learn(script, capsys):
-    results = script("solvers").main(["--quick", "--strengths", "6", "--fits", "2"])
+    results = script("solvers").main(["--quick", "--strengths", "6"])
     assert {setting.head for setting in results} == {"logistic", "ridge"}
     assert all(result.excess < 1e-4 for result in results.values())
     assert "| logistic | 400 × 16, 3" in capsys.readouterr().out

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jxfer"
 
 LAYERS = (
-    ("typing", "config", "paths", "origins", "checks"),
+    ("typing", "xla_flags", "config", "paths", "origins", "checks"),
     ("data", "models"),
     ("partition", "weights", "sharding"),
     ("solvers", "surgery", "penalties", "optim", "objectives"),

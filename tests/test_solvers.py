@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from jxfer.config import to_dict
-from jxfer.solvers.basis import principal
+from jxfer.solvers.basis import BLOCK, principal, principal_with_targets
 from jxfer.solvers.logistic import LogisticPath
 from jxfer.solvers.maps import PCA, SVD, Centre, Standardise, Whiten
 from jxfer.solvers.means import NearestMean
@@ -90,11 +90,31 @@ def test_logistic_regression_has_the_coefficients_of_scikit_learn():
 def test_a_path_that_is_split_is_the_path():
     features, labels, _ = make_features()
     strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    whole, split = LogisticPath(strengths), LogisticPath(strengths, memory_bytes=40_000)
-    assert (whole.num_together(120, 6, 3), split.num_together(120, 6, 3)) == (5, 3)
+    whole, split = LogisticPath(strengths), LogisticPath(strengths, memory_bytes=20_000)
+    assert (whole.num_together(120, 6, 3), split.num_together(120, 6, 3)) == (5, 2)
     one, other = (solver.fit(features, labels, 3) for solver in (whole, split))
     assert (one.names, one.converged) == (other.names, other.converged)
     np.testing.assert_allclose(one.kernels, other.kernels, rtol=1e-2, atol=1e-3)  # each stops at the tolerance
+
+
+def test_a_path_in_any_order_and_with_copies_has_the_heads_of_each_strength_alone():
+    features, labels, test = make_features()
+    strengths = (1.0, 1e-3, 1e-1, *np.geomspace(1e-4, 10, 30).tolist(), 1e-3)
+    heads = LogisticPath(strengths, tolerance=1e-4).fit(features, labels, 3)
+    assert heads.names == tuple(f"strength={strength:g}" for strength in strengths)
+    assert all(heads.converged)
+    np.testing.assert_array_equal(heads.kernels[1], heads.kernels[-1])
+    for index in (0, 1, 2, 8, 20):
+        alone = LogisticPath(strengths[index : index + 1], tolerance=1e-4).fit(features, labels, 3)
+        np.testing.assert_allclose(heads.logits(test, index), alone.logits(test, 0), rtol=1e-2, atol=1e-2)
+
+
+def test_what_lies_between_solved_strengths_costs_few_iterations():
+    features, labels, _ = make_features(400, 30, 4)
+    strengths = tuple(np.geomspace(1e-4, 1, 48).tolist())
+    path, alone = (LogisticPath(some).fit(features, labels, 4) for some in (strengths, strengths[:1]))
+    assert all(path.converged)
+    assert path.flops < 24 * alone.flops
 
 
 def test_what_has_not_converged_says_so():
@@ -195,10 +215,21 @@ def test_pca_is_scikit_learns_up_to_signs():
 @given(st.sampled_from([(9, 4), (4, 9), (5, 5), (1, 3)]), st.integers(0, 2**32 - 1))
 def test_the_eigenbasis_is_orthogonal_and_spans_the_features(shape, seed):
     features = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    basis, scores = jax.jit(principal)(features)
+    targets = np.random.default_rng(seed).normal(size=(len(features), 2)).astype(np.float32)
+    basis, covariances = jax.jit(principal_with_targets)(features, targets)
+    scores = (features - basis.mean) @ basis.axes
     np.testing.assert_allclose(basis.axes.T @ basis.axes, np.eye(min(features.shape)), atol=1e-5)
     np.testing.assert_allclose(scores @ basis.axes.T + basis.mean, features, atol=1e-5)
     np.testing.assert_allclose(np.mean(np.square(scores), axis=0), basis.variances, atol=1e-5)
+    np.testing.assert_allclose((targets - targets.mean(0)).T @ scores / len(scores), covariances, atol=1e-5)
+
+
+def test_covariances_summed_up_in_blocks_are_those_of_all_examples():
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(2 * BLOCK + 7, 3)) * (1.0, 2.0, 3.0) + 50).astype(np.float32)
+    basis = principal(jnp.asarray(features))
+    expected = np.linalg.eigvalsh(np.cov(features.astype(np.float64).T, bias=True))
+    np.testing.assert_allclose(basis.variances, expected, rtol=1e-4)
 
 
 def test_whitened_features_have_unit_covariance():

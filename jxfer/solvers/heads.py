@@ -7,7 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jxfer.solvers.basis import HIGHEST
@@ -86,8 +85,8 @@ def closed_form(names: tuple[str, ...], kernels: Any, biases: Any, flops: float)
 
 
 def as_arrays(features: Any, labels: Any) -> tuple[Float[Array, "N D"], Any]:
-    """Returns features as float32 and labels as int32 on the device."""
-    return jnp.asarray(np.asarray(features), jnp.float32), jnp.asarray(np.asarray(labels), jnp.int32)
+    """Returns features as float32 and labels as int32 on the device; what is there as such stays where it is."""
+    return jnp.asarray(features, jnp.float32), jnp.asarray(labels, jnp.int32)
 
 
 @functools.lru_cache(maxsize=256)

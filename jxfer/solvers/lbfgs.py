@@ -4,7 +4,7 @@ Each strength λ has the problem: minimise over W [D K] and b [K] the mean over 
 plus λ / 2 ‖W‖². It is that of scikit-learn's `LogisticRegression(C=1 / (N λ))`, intercept unpenalised; for two classes,
 where that has one logit instead of two, of `C=2 / (N λ)`.
 
-The P problems share every pass over the data: their logits lie side by side as [N K P], so each iteration of L-BFGS is
+The P problems share every pass over the data: their logits lie side by side as [P K N], so each iteration of L-BFGS is
 two large matrix products. In the eigenbasis of the covariance, with eigenvalues e, the Hessian is at most e / 2 + λ in
 the order of matrices (Böhning 1992, "Multinomial logistic regression algorithm"), so weights times sqrt(e / 4 + λ) make
 it nearly the identity for every λ, however ill-conditioned the features are.
@@ -17,37 +17,48 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jxfer.solvers.basis import HIGHEST, one_hot, principal
+from jxfer.solvers.basis import HIGHEST, Basis, one_hot, principal_with_targets
 
 MEMORY = 8
 """Pairs of steps and gradient differences that L-BFGS remembers."""
+
+LONG = 50
+"""Iterations after which the rounding of as many updates of the logits is looked at: 50 × 6e-8 of their size."""
 
 ROUNDING = 1e-6
 """Relative rise of a float32 loss that may be rounding."""
 
 
-class Problem(NamedTuple):
-    """Data of all problems, in the eigenbasis with a column of ones for the intercept: Q = R + 1."""
+class Data(NamedTuple):
+    """What all problems share: features in their eigenbasis and a row of ones for the intercept, Q = R + 1."""
 
-    scores: Float[Array, "N Q"]
+    scores: Float[Array, "Q N"]
     labels: Int[Array, " N"]
-    targets: Float[Array, "Q K"]
-    """Mean over the examples of their scores times their one-hot labels."""
-    penalties: Float[Array, "Q P"]
+    targets: Float[Array, "K Q"]
+    """Mean over the examples of their one-hot labels times their scores."""
+    curvature: Float[Array, " Q"]
+    """e / 4."""
+
+
+class Problem(NamedTuple):
+    """The problems that are solved together."""
+
+    data: Data
+    penalties: Float[Array, "P 1 Q"]
     """λ, and 0 for the intercept."""
-    scales: Float[Array, "Q P"]
+    scales: Float[Array, "P 1 Q"]
     """sqrt(e / 4 + λ): what L-BFGS moves in is the weights times this."""
 
 
 class Search(NamedTuple):
-    """Where the P problems are; `weights` and everything like it is [Q K P], scaled."""
+    """Where the P problems are; `weights` and everything like it is [P K Q], scaled."""
 
-    weights: Float[Array, "Q K P"]
-    logits: Float[Array, "N K P"]
+    weights: Float[Array, "P K Q"]
+    logits: Float[Array, "P K N"]
     losses: Float[Array, " P"]
-    gradients: Float[Array, "Q K P"]
-    steps: Float[Array, "M Q K P"]
-    differences: Float[Array, "M Q K P"]
+    gradients: Float[Array, "P K Q"]
+    steps: Float[Array, "M P K Q"]
+    differences: Float[Array, "M P K Q"]
     curvatures: Float[Array, "M P"]
     """1 / (step · difference), 0 where there is none; iteration i has its pair in slot i modulo M."""
     cautious: Bool[Array, " P"]
@@ -56,74 +67,95 @@ class Search(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Heads on the features as they were given."""
+    """Solved problems."""
 
-    kernels: Float[Array, "P D K"]
-    biases: Float[Array, "P K"]
+    weights: Float[Array, "P K Q"]
+    """Times e / 4 + λ. Under a strong penalty the weights are the first gradient over λ, so that this product hardly
+    changes with λ, and what lies between two strengths can be interpolated."""
     gradient_norms: Float[Array, " P"]
     iterations: Int[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "max_iterations"))
+@functools.partial(jax.jit, static_argnames="num_classes")
+def prepare(features: Float[Array, "N D"], labels: Int[Array, " N"], *, num_classes: int) -> tuple[Basis, Data]:
+    """Turns the features into their eigenbasis, and sums up what the labels contribute to every gradient."""
+    targets = one_hot(labels, num_classes)
+    basis, covariances = principal_with_targets(features, targets)
+    centred = jnp.concatenate([features - basis.mean, jnp.ones((len(features), 1))], axis=1)
+    axes = jax.scipy.linalg.block_diag(basis.axes, jnp.ones((1, 1)))
+    return basis, Data(
+        scores=jnp.matmul(axes.T, centred.T, precision=HIGHEST),
+        labels=labels,
+        targets=jnp.concatenate([covariances, jnp.mean(targets, axis=0)[:, None]], axis=1),
+        curvature=jnp.concatenate([basis.variances, jnp.ones(1)]) / 4,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="max_iterations")
 def solve(
-    features: Float[Array, "N D"],
-    labels: Int[Array, " N"],
+    data: Data,
     strengths: Float[Array, " P"],
     tolerance: Float[Array, ""],
+    start: Float[Array, "P K Q"],
     *,
-    num_classes: int,
     max_iterations: int,
 ) -> Solution:
-    """Solves all problems, each until the norm of its scaled gradient is at most `tolerance`.
+    """Solves problems together, each until the norm of its scaled gradient is at most `tolerance`.
 
-    Half the square of that norm is about what the loss still lies above its minimum. It is measured at the end on
-    logits computed afresh, since those kept up to date by the iterations carry their rounding.
+    Half the square of that norm is about what the loss still lies above its minimum where the classes overlap, and less
+    than it where they hardly do, so that the Hessian is far below its bound. After a long search the norm is measured
+    on logits computed afresh, since those kept up to date by the iterations carry their rounding.
+
+    Args:
+      data: from `prepare`.
+      strengths: λ of each problem.
+      tolerance: of the norms.
+      start: in the unit of `Solution.weights`, such as those of problems nearby, or zeros.
+      max_iterations: after which the search ends as it is.
     """
-    basis, scores = principal(features)
-    problem = pose(scores, basis.variances, labels, strengths, num_classes)
+    problem = pose(data, strengths)
     search = jax.lax.while_loop(
         lambda search: (search.iteration < max_iterations) & jnp.any(_norms(search.gradients) > tolerance),
         lambda search: advance(problem, search, tolerance),
-        begin(problem),
+        begin(problem, start),
     )
-    _, gradients = _evaluate(problem, search.weights, _logits(problem, search.weights))
-    weights = search.weights / problem.scales[:, None]
-    kernels = jnp.einsum("dr,rkp->pdk", basis.axes, weights[:-1], precision=HIGHEST)
-    biases = weights[-1].T - jnp.einsum("d,pdk->pk", basis.mean, kernels, precision=HIGHEST)
-    return Solution(kernels, biases, _norms(gradients), search.iteration)
-
-
-def pose(
-    scores: Float[Array, "N R"],
-    variances: Float[Array, " R"],
-    labels: Int[Array, " N"],
-    strengths: Float[Array, " P"],
-    num_classes: int,
-) -> Problem:
-    """Adds the intercept, a feature without penalty, and sums up what the labels contribute to every gradient."""
-    num_examples = scores.shape[0]
-    scores = jnp.concatenate([scores, jnp.ones((num_examples, 1))], axis=1)
-    targets = jnp.matmul(scores.T, one_hot(labels, num_classes), precision=HIGHEST) / num_examples
-    penalties = jnp.concatenate(
-        [jnp.broadcast_to(strengths, (len(variances), len(strengths))), jnp.zeros_like(strengths)[None]]
+    gradients = jax.lax.cond(
+        search.iteration > LONG,
+        lambda: _evaluate(problem, search.weights, _logits(problem, search.weights))[1],
+        lambda: search.gradients,
     )
-    curvature = jnp.concatenate([variances, jnp.ones(1)]) / 4
-    return Problem(scores, labels, targets, penalties, jnp.sqrt(curvature[:, None] + penalties))
+    return Solution(search.weights * problem.scales, _norms(gradients), search.iteration)
 
 
-def begin(problem: Problem) -> Search:
-    """Returns the search at zero weights, where all classes are equally likely."""
-    (num_examples, size), num_classes = problem.scores.shape, problem.targets.shape[1]
-    num_problems = problem.penalties.shape[1]
-    zeros = jnp.zeros((size, num_classes, num_problems))
-    expected = jnp.mean(problem.scores, axis=0)[:, None] / num_classes
+@jax.jit
+def heads(
+    basis: Basis, data: Data, strengths: Float[Array, " P"], weights: Float[Array, "P K Q"]
+) -> tuple[Float[Array, "P D K"], Float[Array, "P K"]]:
+    """Returns kernels and biases on the features as they were given, from `Solution.weights`."""
+    true = weights / jnp.square(pose(data, strengths).scales)
+    return basis.heads(true[..., :-1], true[..., -1])
+
+
+def pose(data: Data, strengths: Float[Array, " P"]) -> Problem:
+    """Returns the problems of these strengths; the intercept is a feature without penalty."""
+    penalized = jnp.arange(len(data.curvature)) < len(data.curvature) - 1
+    penalties = penalized * strengths[:, None, None]
+    return Problem(data, penalties, jnp.sqrt(data.curvature + penalties))
+
+
+def begin(problem: Problem, start: Float[Array, "P K Q"]) -> Search:
+    """Returns the search at the start, without memory."""
+    weights = start / problem.scales
+    logits = _logits(problem, weights)
+    losses, gradients = _evaluate(problem, weights, logits)
+    num_problems = len(losses)
     return Search(
-        weights=zeros,
-        logits=jnp.zeros((num_examples, num_classes, num_problems)),
-        losses=jnp.full(num_problems, jnp.log(num_classes)),
-        gradients=(expected - problem.targets)[..., None] / problem.scales[:, None],
-        steps=jnp.zeros((MEMORY, *zeros.shape)),
-        differences=jnp.zeros((MEMORY, *zeros.shape)),
+        weights=weights,
+        logits=logits,
+        losses=losses,
+        gradients=gradients,
+        steps=jnp.zeros((MEMORY, *weights.shape)),
+        differences=jnp.zeros((MEMORY, *weights.shape)),
         curvatures=jnp.zeros((MEMORY, num_problems)),
         cautious=jnp.zeros(num_problems, bool),
         iteration=jnp.zeros((), jnp.int32),
@@ -136,16 +168,16 @@ def advance(problem: Problem, search: Search, tolerance: Float[Array, ""]) -> Se
     A step that raises the loss is refused. The next one then goes half a unit down the scaled gradient, where the bound
     on the Hessian promises that it falls.
     """
-    steepest = -search.gradients
-    directions = jnp.where(search.cautious, steepest, _quasi_newton(search))
+    cautious = search.cautious[:, None, None]
+    directions = jnp.where(cautious, -search.gradients, _quasi_newton(search))
     slopes = _logits(problem, directions)
     lengths = jnp.where(search.cautious, 0.5, _lengths(problem, search, directions, slopes))
     lengths = jnp.where(_norms(search.gradients) > tolerance, lengths, 0.0)
-    weights = search.weights + lengths * directions
-    losses, gradients = _evaluate(problem, weights, search.logits + lengths * slopes)
+    steps = lengths[:, None, None] * directions
+    losses, gradients = _evaluate(problem, search.weights + steps, search.logits + lengths[:, None, None] * slopes)
     refused = ~(losses <= search.losses + ROUNDING * jnp.abs(search.losses))
-    taken = jnp.where(refused, 0.0, lengths)
-    gradients = jnp.where(refused, search.gradients, gradients)
+    taken = jnp.where(refused, 0.0, lengths)[:, None, None]
+    gradients = jnp.where(refused[:, None, None], search.gradients, gradients)
     return _remember(search, taken * directions, gradients - search.gradients, refused)._replace(
         weights=search.weights + taken * directions,
         logits=search.logits + taken * slopes,
@@ -156,34 +188,33 @@ def advance(problem: Problem, search: Search, tolerance: Float[Array, ""]) -> Se
     )
 
 
-def _logits(problem: Problem, weights: Float[Array, "Q K P"]) -> Float[Array, "N K P"]:
-    size, num_classes, num_problems = weights.shape
-    columns = (weights / problem.scales[:, None]).reshape(size, num_classes * num_problems)
-    return jnp.matmul(problem.scores, columns, precision=HIGHEST).reshape(-1, num_classes, num_problems)
+def _logits(problem: Problem, weights: Float[Array, "P K Q"]) -> Float[Array, "P K N"]:
+    rows = (weights / problem.scales).reshape(-1, weights.shape[-1])
+    return jnp.matmul(rows, problem.data.scores, precision=HIGHEST).reshape(*weights.shape[:2], -1)
 
 
 def _evaluate(
-    problem: Problem, weights: Float[Array, "Q K P"], logits: Float[Array, "N K P"]
-) -> tuple[Float[Array, " P"], Float[Array, "Q K P"]]:
+    problem: Problem, weights: Float[Array, "P K Q"], logits: Float[Array, "P K N"]
+) -> tuple[Float[Array, " P"], Float[Array, "P K Q"]]:
     """Returns the objective and its gradient in the scaled weights."""
-    num_examples, num_classes, num_problems = logits.shape
-    largest = jnp.max(logits, axis=1, keepdims=True)
-    exponentials = jnp.exp(logits - largest)
-    total = jnp.sum(exponentials, axis=1, keepdims=True)
-    true = weights / problem.scales[:, None]
-    pull = problem.penalties[:, None] * true
-    correct = jnp.take_along_axis(logits, problem.labels[:, None, None], axis=1)
+    num_problems, num_classes, num_examples = logits.shape
+    largest = jnp.max(logits, axis=1)
+    exponentials = jnp.exp(logits - largest[:, None])
+    total = jnp.sum(exponentials, axis=1)
+    true = weights / problem.scales
+    pull = problem.penalties * true
+    labelled = problem.data.labels == jnp.arange(num_classes)[:, None]
+    correct = jnp.sum(jnp.where(labelled, logits, 0.0), axis=1)
     # In this order an example that is surely right adds a small number, not the difference of two large ones.
-    entropies = jnp.mean(jnp.log(total) + (largest - correct), axis=(0, 1))
-    losses = entropies + jnp.sum(true * pull, axis=(0, 1)) / 2
-    columns = (exponentials / total).reshape(num_examples, num_classes * num_problems)
-    expected = jnp.matmul(problem.scores.T, columns, precision=HIGHEST).reshape(-1, num_classes, num_problems)
-    gradients = expected / num_examples - problem.targets[..., None] + pull
-    return losses, gradients / problem.scales[:, None]
+    entropies = jnp.mean(jnp.log(total) + (largest - correct), axis=-1)
+    losses = entropies + jnp.sum(true * pull, axis=(1, 2)) / 2
+    rows = (exponentials / total[:, None]).reshape(-1, num_examples)
+    expected = jnp.matmul(rows, problem.data.scores.T, precision=HIGHEST).reshape(num_problems, num_classes, -1)
+    return losses, (expected / num_examples - problem.data.targets + pull) / problem.scales
 
 
 def _lengths(
-    problem: Problem, search: Search, directions: Float[Array, "Q K P"], slopes: Float[Array, "N K P"]
+    problem: Problem, search: Search, directions: Float[Array, "P K Q"], slopes: Float[Array, "P K N"]
 ) -> Float[Array, " P"]:
     """Returns how far to go: the unit step, corrected by one step of Newton's method along the line."""
     logits = search.logits + slopes
@@ -191,38 +222,34 @@ def _lengths(
     total = jnp.sum(exponentials, axis=1)
     first = jnp.sum(exponentials * slopes, axis=1) / total
     second = jnp.sum(exponentials * jnp.square(slopes), axis=1) / total
-    ahead, true = search.weights + directions, directions / problem.scales[:, None]
-    pull = problem.penalties[:, None] * true
-    rise = (
-        jnp.mean(first, axis=0)
-        - jnp.sum(true * problem.targets[..., None], axis=(0, 1))
-        + jnp.sum(pull * ahead / problem.scales[:, None], axis=(0, 1))
-    )
-    bend = jnp.mean(second - jnp.square(first), axis=0) + jnp.sum(pull * true, axis=(0, 1))
+    ahead, true = search.weights + directions, directions / problem.scales
+    pull = problem.penalties * true
+    rise = jnp.mean(first, axis=-1) + jnp.sum(pull * ahead / problem.scales - true * problem.data.targets, axis=(1, 2))
+    bend = jnp.mean(second - jnp.square(first), axis=-1) + jnp.sum(pull * true, axis=(1, 2))
     return jnp.clip(1 - rise / jnp.maximum(bend, jnp.finfo(jnp.float32).tiny), 0.1, 10.0)
 
 
-def _quasi_newton(search: Search) -> Float[Array, "Q K P"]:
+def _quasi_newton(search: Search) -> Float[Array, "P K Q"]:
     """Returns the direction of L-BFGS (Nocedal and Wright 2006, algorithm 7.4); down the gradient without memory."""
 
     def back(direction: Any, slot: Any) -> tuple[Any, Any]:
-        share = search.curvatures[slot] * _dot(search.steps[slot], direction)
+        share = (search.curvatures[slot] * _dot(search.steps[slot], direction))[:, None, None]
         return direction - share * search.differences[slot], share
 
     def forth(direction: Any, slot_and_share: Any) -> tuple[Any, None]:
         slot, share = slot_and_share
-        other = search.curvatures[slot] * _dot(search.differences[slot], direction)
+        other = (search.curvatures[slot] * _dot(search.differences[slot], direction))[:, None, None]
         return direction + (share - other) * search.steps[slot], None
 
     slots = (search.iteration + jnp.arange(MEMORY)) % MEMORY  # the oldest first
     direction, shares = jax.lax.scan(back, -search.gradients, slots, reverse=True)
     newest = search.curvatures[slots[-1]] * _dot(search.differences[slots[-1]], search.differences[slots[-1]])
-    direction /= jnp.where(newest > 0, newest, 1.0)
+    direction /= jnp.where(newest > 0, newest, 1.0)[:, None, None]
     return jax.lax.scan(forth, direction, (slots, shares))[0]
 
 
 def _remember(
-    search: Search, steps: Float[Array, "Q K P"], differences: Float[Array, "Q K P"], refused: Bool[Array, " P"]
+    search: Search, steps: Float[Array, "P K Q"], differences: Float[Array, "P K Q"], refused: Bool[Array, " P"]
 ) -> Search:
     """Puts the newest pair in place of the oldest, and forgets all pairs of a problem whose step was refused."""
     product = _dot(steps, differences)
@@ -236,9 +263,9 @@ def _remember(
     )
 
 
-def _dot(a: Float[Array, "Q K P"], b: Float[Array, "Q K P"]) -> Float[Array, " P"]:
-    return jnp.sum(a * b, axis=(0, 1))
+def _dot(a: Float[Array, "P K Q"], b: Float[Array, "P K Q"]) -> Float[Array, " P"]:
+    return jnp.sum(a * b, axis=(1, 2))
 
 
-def _norms(gradients: Float[Array, "Q K P"]) -> Float[Array, " P"]:
+def _norms(gradients: Float[Array, "P K Q"]) -> Float[Array, " P"]:
     return jnp.sqrt(_dot(gradients, gradients))

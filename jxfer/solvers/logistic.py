@@ -1,11 +1,14 @@
-"""`LogisticPath`: logistic regression at every strength, in as few programs as memory allows."""
+"""`LogisticPath`: logistic regression at every strength, some of the path first and the others from there."""
 
 import dataclasses
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from jxfer.solvers import lbfgs
 from jxfer.solvers.basis import EIGEN_FLOPS
@@ -30,11 +33,11 @@ class LogisticPath:
     """λ of λ / 2 ‖W‖² beside the mean cross-entropy: scikit-learn's C is 1 / (N λ), of two classes 2 / (N λ)."""
     map: Any = None
     """From `jxfer.solvers.maps`, folded into the head afterwards; λ is then of the head on the mapped features."""
-    tolerance: float = 1e-3
+    tolerance: float = 3e-4
     """Largest norm of the scaled gradient of a solved problem."""
     max_iterations: int = 500
     memory_bytes: int = 2**30
-    """Above which the path is split."""
+    """That one program may take."""
 
     def fit(self, features: Any, labels: Any, num_classes: int) -> LinearHeads:
         """Returns a head per strength; those that did not converge say so.
@@ -51,59 +54,58 @@ class LogisticPath:
         features, labels = as_arrays(features, labels)
         linear = None if self.map is None else self.map.fit(features)
         mapped = features if linear is None else linear(features)
-        sizes = len(labels), mapped.shape[1], num_classes
-        together = self.num_together(*sizes)
-        parts = [self._solve(mapped, labels, part, num_classes) for part in _parts(self.strengths, together)]
-        count = len(self.strengths)
-        kernels = jnp.concatenate([part.kernels for part in parts])[:count]
-        biases = jnp.concatenate([part.biases for part in parts])[:count]
+        basis, data = lbfgs.prepare(mapped, labels, num_classes=num_classes)
+        path, places = np.unique(np.asarray(self.strengths, np.float32), return_inverse=True)
+        weights, norms, flops = self._solve(data, path)
+        kernels, biases = lbfgs.heads(basis, data, path, weights)
         kernels, biases = (kernels, biases) if linear is None else linear.fold(kernels, biases)
-        norms = np.concatenate([part.gradient_norms for part in parts])[:count].tolist()
         return LinearHeads(
             names=tuple(f"strength={strength:g}" for strength in self.strengths),
-            kernels=kernels,
-            biases=biases,
-            gradient_norms=tuple(norms),
-            converged=tuple(norm <= SLACK * self.tolerance for norm in norms),
-            flops=sum(self._flops(*sizes, together, int(part.iterations)) for part in parts),
+            kernels=kernels[places],
+            biases=biases[places],
+            gradient_norms=tuple(norms[places].tolist()),
+            converged=tuple((norms[places] <= SLACK * self.tolerance).tolist()),
+            flops=flops + _prepare_flops(len(labels), mapped.shape[1], num_classes),
         )
 
     def cost(self, num_examples: int, num_features: int, num_classes: int) -> tuple[float, int]:
         """Returns the floating-point operations of one iteration of the whole path, and the bytes of one program."""
         size = self.num_together(num_examples, num_features, num_classes)
-        iteration = _iteration_flops(num_examples, min(num_examples, num_features), num_classes, size)
+        axes = min(num_examples, num_features)
         num_parts = -(-len(self.strengths) // size)
-        return num_parts * iteration, size * _problem_bytes(num_examples, num_features, num_classes)
+        num_bytes = size * _problem_bytes(num_examples, num_features, num_classes) + 4 * num_examples * (axes + 1)
+        return num_parts * _iteration_flops(num_examples, axes, num_classes, size), num_bytes
 
     def num_together(self, num_examples: int, num_features: int, num_classes: int) -> int:
-        """Returns how many strengths share a program, parts being of one size so that they share its compilation."""
+        """Returns how many strengths share a program: what memory allows, and about one per decade of the path.
+
+        The parts are of one size so that they share its compilation.
+        """
+        decades = math.log10(max(self.strengths) / min(self.strengths))
         most = max(1, self.memory_bytes // _problem_bytes(num_examples, num_features, num_classes))
-        num_parts = -(-len(self.strengths) // most)
+        num_parts = -(-len(self.strengths) // min(most, math.ceil(decades) + 2))
         return -(-len(self.strengths) // num_parts)
 
-    def _solve(self, features: Any, labels: Any, strengths: tuple[float, ...], num_classes: int) -> lbfgs.Solution:
-        return lbfgs.solve(
-            features,
-            labels,
-            jnp.asarray(strengths, jnp.float32),
-            jnp.float32(self.tolerance),
-            num_classes=num_classes,
-            max_iterations=self.max_iterations,
-        )
+    def _solve(self, data: lbfgs.Data, path: np.ndarray) -> tuple[Any, np.ndarray, float]:
+        """Solves some strengths spread over the rising path, and from what lies between them the others.
 
-    def _flops(self, num_examples: int, num_features: int, num_classes: int, size: int, iterations: int) -> float:
-        axes = min(num_examples, num_features)
-        whole = flops_of(
-            lbfgs.solve,
-            shape(num_examples, num_features),
-            shape(num_examples, dtype=jnp.int32),
-            shape(size),
-            shape(),
-            num_classes=num_classes,
-            max_iterations=self.max_iterations,
-        )
-        repeated = (iterations - 1) * _iteration_flops(num_examples, axes, num_classes, size)
-        return whole + repeated + EIGEN_FLOPS * axes**3
+        Returns:
+          `Solution.weights` [P K Q] in the order of the path, gradient norms [P], and floating-point operations.
+        """
+        num_examples, axes, num_classes = data.scores.shape[1], data.scores.shape[0] - 1, len(data.targets)
+        together = min(len(path), self.num_together(num_examples, axes, num_classes))
+        weights = np.zeros((len(path), num_classes, axes + 1), np.float32)
+        norms, solved, num_evaluations = np.zeros(len(path)), np.zeros(len(path), bool), 0
+        for part in _parts(len(path), together):
+            start = _interpolate(np.log(path[solved]), weights[solved], np.log(path[part]))
+            solution = self._solve_part(data, path[part], start)
+            weights[part], norms[part], solved[part] = solution.weights, solution.gradient_norms, True
+            num_evaluations += int(solution.iterations) + 1
+        return weights, norms, num_evaluations * _iteration_flops(num_examples, axes, num_classes, together)
+
+    def _solve_part(self, data: lbfgs.Data, strengths: np.ndarray, start: Any) -> lbfgs.Solution:
+        tolerance = jnp.float32(self.tolerance)
+        return lbfgs.solve(data, strengths, tolerance, start, max_iterations=self.max_iterations)
 
 
 def check_strengths(strengths: tuple[float, ...]) -> None:
@@ -112,10 +114,19 @@ def check_strengths(strengths: tuple[float, ...]) -> None:
         raise InputError(f"strengths is {strengths}; give positive numbers, such as (1e-4, 1e-2)")
 
 
-def _parts(strengths: tuple[float, ...], size: int) -> list[tuple[float, ...]]:
-    """Returns the path in parts of one size, the last filled up with copies."""
-    filled = strengths + strengths[-1:] * (-len(strengths) % size)
-    return [filled[start : start + size] for start in range(0, len(filled), size)]
+def _parts(num_strengths: int, size: int) -> list[np.ndarray]:
+    """Returns positions in parts of one size, each spread over the path; the last ones are filled up with copies."""
+    spread = np.linspace(0, num_strengths - 1, size).round().astype(int)
+    others = np.setdiff1d(np.arange(num_strengths), spread)
+    others = np.concatenate([others, np.repeat(others[-1:], -len(others) % size)])
+    return [spread, *others.reshape(size, -1).T]
+
+
+def _interpolate(known: np.ndarray, weights: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Returns what weights [n K Q] at rising places are between them, [m K Q], without overshoot; zeros of none."""
+    if len(known) < 2:
+        return np.broadcast_to(weights.sum(axis=0), (len(wanted), *weights.shape[1:]))
+    return PchipInterpolator(known, weights, axis=0)(wanted).astype(np.float32)
 
 
 def _problem_bytes(num_examples: int, num_features: int, num_classes: int) -> int:
@@ -123,10 +134,19 @@ def _problem_bytes(num_examples: int, num_features: int, num_classes: int) -> in
     return 4 * num_classes * (LOGITS * num_examples + weights)
 
 
-def _iteration_flops(num_examples: int, axes: int, num_classes: int, size: int) -> float:
-    def begin(scores: Any, variances: Any, labels: Any, strengths: Any) -> tuple[lbfgs.Problem, lbfgs.Search]:
-        problem = lbfgs.pose(scores, variances, labels, strengths, num_classes)
-        return problem, lbfgs.begin(problem)
+@functools.lru_cache(maxsize=64)
+def _prepare_flops(num_examples: int, num_features: int, num_classes: int) -> float:
+    data = shape(num_examples, num_features), shape(num_examples, dtype=jnp.int32)
+    return flops_of(lbfgs.prepare, *data, num_classes=num_classes) + EIGEN_FLOPS * min(num_examples, num_features) ** 3
 
-    data = shape(num_examples, axes), shape(axes), shape(num_examples, dtype=jnp.int32), shape(size)
-    return flops_of(lbfgs.advance, *jax.eval_shape(begin, *data), shape())
+
+@functools.lru_cache(maxsize=64)
+def _iteration_flops(num_examples: int, axes: int, num_classes: int, size: int) -> float:
+    def begin(scores: Any, labels: Any, strengths: Any, start: Any) -> tuple[lbfgs.Problem, lbfgs.Search]:
+        data = lbfgs.Data(scores, labels, jnp.zeros((num_classes, axes + 1)), jnp.zeros(axes + 1))
+        problem = lbfgs.pose(data, strengths)
+        return problem, lbfgs.begin(problem, start)
+
+    data = shape(axes + 1, num_examples), shape(num_examples, dtype=jnp.int32)
+    posed = jax.eval_shape(begin, *data, shape(size), shape(size, num_classes, axes + 1))
+    return flops_of(lbfgs.advance, *posed, shape())

@@ -63,7 +63,7 @@ class PCA:
 
     def fit(self, features: Float[Array, "N D"]) -> LinearMap:
         """Returns the map for these features."""
-        basis, _ = principal(features)
+        basis = principal(features)
         return LinearMap(basis.mean, _largest(basis.axes, self.num_components))
 
 
@@ -90,7 +90,7 @@ class Whiten:
 
     def fit(self, features: Float[Array, "N D"]) -> LinearMap:
         """Returns the map for these features."""
-        basis, _ = principal(features)
+        basis = principal(features)
         scales = jax.lax.rsqrt(basis.variances + self.epsilon * _positive_mean(basis.variances))
         axes = basis.axes * scales
         return LinearMap(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jxfer.solvers.basis import EIGEN_FLOPS, HIGHEST, one_hot, principal
+from jxfer.solvers.basis import EIGEN_FLOPS, one_hot, principal_with_targets
 from jxfer.solvers.heads import LinearHeads, as_arrays, closed_form, flops_of, shape
 from jxfer.solvers.logistic import STRENGTHS, check_strengths
 
@@ -55,10 +55,7 @@ def solve(
     features: Float[Array, "N D"], labels: Int[Array, " N"], strengths: Float[Array, " P"], *, num_classes: int
 ) -> tuple[Float[Array, "P D K"], Float[Array, "P K"]]:
     """Returns kernels and biases: in the eigenbasis the problems are one division per axis and strength."""
-    basis, scores = principal(features)
     targets = one_hot(labels, num_classes)
-    shares = jnp.mean(targets, axis=0)
-    products = jnp.matmul(scores.T, targets - shares, precision=HIGHEST) / len(features)  # [R K]
-    weights = products[None] / (basis.variances[None, :, None] + strengths[:, None, None])  # [P R K]
-    kernels = jnp.einsum("dr,prk->pdk", basis.axes, weights, precision=HIGHEST)
-    return kernels, shares - jnp.einsum("d,pdk->pk", basis.mean, kernels, precision=HIGHEST)
+    basis, covariances = principal_with_targets(features, targets)
+    weights = covariances / (basis.variances + strengths[:, None, None])  # [P K R]
+    return basis.heads(weights, jnp.mean(targets, axis=0))
