@@ -18,8 +18,8 @@ usage: launch/local.sh [OPTIONS] -- ARGUMENTS OF JXFER...
   launch/local.sh -n 2 -d 4 -- ablate experiments/glyphs_to_digits.py --out out/rehearsal --shots 5
 
 SIGTERM, SIGINT (ctrl-c) and SIGHUP go to every process once, which then saves and ends. If a process of a run fails,
-the others are ended; workers go on. The exit status is the worst of all: 0 done, 75 stopped after saving, 3 a run
-failed, 2 bad input, any other a crash.
+the others end by themselves, and after half of --grace they are told to; workers go on. The exit status is the worst
+of all: 0 done, 75 stopped after saving, 3 a run failed, 2 bad input, any other a crash.
 END
 }
 
@@ -100,7 +100,7 @@ label() { # writes its input with a prefix; a loop of the shell, as sed and awk 
 }
 
 pids=() labels=() statuses=()
-stopping=false ending=false deadline='' result=0
+stopping=false ending=false told_at='' deadline='' result=0
 
 signal_all() { # sends $1 to each process that still runs, with $2 a minus to all of its group
   local each
@@ -127,8 +127,7 @@ take() { # the status $2 with which process $1 ended
   if $ending && [[ $status =~ ^(75|137|143)$ ]]; then return; fi # we did that
   if (($(rank "$status") > $(rank "$result"))); then result=$status; fi
   if [[ $status != 0 && -z $workers ]] && ! $stopping && ! $ending; then
-    ending=true deadline=$((SECONDS + grace))
-    signal_all TERM
+    ending=true told_at=$((SECONDS + (grace + 1) / 2))
   fi
 }
 
@@ -162,6 +161,10 @@ while ((${#statuses[@]} < count)); do
       take "$each" "$status"
     fi
   done
+  if [[ $told_at ]] && ((SECONDS >= told_at)); then # jxfer itself needs about 25 s to find that a process is lost
+    told_at='' deadline=$((SECONDS + grace))
+    signal_all TERM
+  fi
   if [[ $deadline ]] && ((SECONDS >= deadline)); then
     deadline=''
     note "killing what did not end within $grace s"

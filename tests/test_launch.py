@@ -76,7 +76,8 @@ def test_every_line_says_whose_it_is_on_the_stream_it_came_by(fakes):
 
 @pytest.mark.parametrize("status", [1, 2, 3, 75])
 def test_a_process_that_fails_ends_the_run_with_its_status(fakes, status):
-    done = fakes.run(LOCAL, "--", "run", plan={"0": {"seconds": 60}, "1": {"status": status, "seconds": 0.3}})
+    plan = {"0": {"seconds": 60}, "1": {"status": status, "seconds": 0.3}}
+    done = fakes.run(LOCAL, "--grace", "2", "--", "run", plan=plan)
     assert done.returncode == status
     assert f"local.sh: process 1 ended with status {status}\n" in done.stderr
     assert fakes.signals_of("jxfer") == [signal.SIGTERM]

@@ -3,7 +3,9 @@
 import re
 import shlex
 import signal
+import socket
 import subprocess
+import time
 import venv
 
 import pytest
@@ -27,7 +29,7 @@ def slurm(fakes, *args, **options):
 def test_a_job_is_one_run_over_its_tasks(fakes):
     done = slurm(fakes, "--", *ARGS, SLURM_CPUS_PER_TASK="6")
     assert done.returncode == 0, done.stderr
-    assert fakes.args_of("srun") == [("--label", "--kill-on-bad-exit=1", "jxfer", *ARGS)]
+    assert fakes.args_of("srun") == [("--label", "--kill-on-bad-exit=0", "--wait=60", "jxfer", *ARGS)]
     assert fakes.args_of("jxfer") == [ARGS]
     assert fakes.of("jxfer")[0]["env"] == {"SRUN_CPUS_PER_TASK": "6"}
     assert not fakes.of("scontrol")
@@ -130,6 +132,7 @@ def test_pods_end_and_return_by_their_exit_status(shape):
 def test_pods_find_each_other_or_know_that_they_are_alone():
     job, container, environment = pods("gpu-nodes")
     assert job_sets()["gpu-nodes"]["spec"]["coordinator"] == {"replicatedJob": "run"}
+    assert job_sets()["tpu-slice"]["spec"]["coordinator"] == {"replicatedJob": "run"}
     assert list(environment).index("COORDINATOR_HOST") < list(environment).index("JXFER_COORDINATOR")
     assert environment["JXFER_COORDINATOR"] == f"$(COORDINATOR_HOST):{container['ports'][0]['containerPort']}"
     assert environment["JXFER_NUM_PROCESSES"] == str(job["completions"])
@@ -140,6 +143,28 @@ def test_pods_find_each_other_or_know_that_they_are_alone():
     assert "batch.kubernetes.io/job-completion-index" in references["JXFER_PROCESS_ID"]
     assert not {name for name in pods("tpu-slice")[2] if "PROCESS" in name or "COORDINATOR" in name}
     assert pods("workers")[2]["JXFER_NUM_PROCESSES"] == "1"
+
+
+@pytest.mark.parametrize("shape", ["gpu-nodes", "tpu-slice"])
+def test_pods_of_a_run_wait_until_all_have_a_machine(shape, monkeypatch):
+    job, _, _ = pods(shape)
+    (waiting,) = job["template"]["spec"]["initContainers"]
+    num_pods = next(item["value"] for item in waiting["env"] if item["name"] == "NUM_PODS")
+    assert int(num_pods) == job["completions"]
+    asked, python, _, program = [], *waiting["command"]
+
+    def resolve(name):
+        asked.append(name)
+        if len(asked) == 2:
+            raise OSError("not yet")
+
+    monkeypatch.setattr(socket, "gethostbyname", resolve)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("COORDINATOR_HOST", "jxfer-gpu-run-0-0.jxfer-gpu.space")
+    monkeypatch.setenv("NUM_PODS", "2")
+    exec(program, {})
+    names = [f"jxfer-gpu-run-0-{index}.jxfer-gpu.space" for index in (0, 1, 1)]
+    assert (python, asked) == ("python", names)
 
 
 def test_a_managed_job_returns_when_it_was_stopped():
