@@ -1,21 +1,27 @@
-"""A grid of runs: what is done, what is left, and the source model they share."""
+"""A grid of runs: what is done, what is left, which worker does it, and the source model they share."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jxfer import data, methods, paths
 from jxfer.checks import check
+from jxfer.claims import Claim, Holder, LostClaim, claim_first
 from jxfer.config import Experiment, Method, SearchConfig
 from jxfer.directory import (
+    alone,
     append_result,
     check_data,
     claimed,
+    claims_of,
     read_json,
     read_results,
     save_examples,
+    save_plans,
     versions,
     write_json,
 )
@@ -27,6 +33,27 @@ from jxfer.search import Job
 from jxfer.source import Source, load_source, read_source
 from jxfer.task import Task, load_data, task_between, task_of
 from jxfer.typing import InputError, InterruptedRun
+
+POLL_SECS = 2.0
+"""How often a worker looks again that waits for others."""
+
+Cell = tuple[str, int | None, int, str]
+"""Method, shots, seed and hash of the settings: what a row is of."""
+
+Rows = Callable[[], Mapping[Cell, dict[str, Any]]]
+"""Reads the rows of what is done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What a worker does next."""
+
+    num_done: int
+    """Of all jobs, whoever did them."""
+    job: Job
+    """To be trained, or the first of those to be waited for."""
+    claim: Claim | dict[str, Holder]
+    """Of the job; or who has the jobs that are left, by their names."""
 
 
 def ablate(experiment: Experiment, directory: Path, session: Session, *, command: str) -> list[dict[str, Any]]:
@@ -91,21 +118,109 @@ def _run_all(
     experiment = resolve(experiment)
     jobs = [dataclasses.replace(job, experiment=experiment) for job in jobs]
     with claimed(experiment, directory):
-        done = {_cell(row): row for row in read_results(directory)}
-        left = [job for job in jobs if _cell_of(job) not in done]
         needs_source = any(job.method.start == "source" for job in jobs)
         given = _given_source(experiment) if needs_source else None
         check_data(directory, _data_versions(experiment, needs_source, given))
-        source = _prepare_directory(experiment, jobs, directory, session, command, given) if left else None
-        for index, job in enumerate(left, start=len(jobs) - len(left)):
-            session.progress("runs", index, len(jobs))
-            if session.should_stop():
-                raise InterruptedRun(f"stopped before {job.title}")
+        rows = functools.partial(_rows_of, directory)
+        source = None
+        if _lacking(jobs, rows()):
+            source = _prepare_directory(experiment, jobs, directory, session, command, given)
+
+        def train(job: Job, session: Session) -> None:
             used = source if job.method.start == "source" else None
-            done[_cell_of(job)] = row = run(job, directory / "runs" / job.name, session, source=used)
-            append_result(directory, row)
+            row = run(job, directory / "runs" / job.name, session, source=used)
+            with alone(directory):
+                session.guard()
+                if _cell(row) not in rows():  # one row per run, whatever a worker that was away may think
+                    append_result(directory, row)
+
+        while turn := next_turn(jobs, directory, rows):
+            session.progress("runs", turn.num_done, len(jobs))
+            take_turn(turn, session, train)
         session.progress("runs", len(jobs), len(jobs))
+        done = rows()
     return [done[_cell_of(job)] for job in jobs]
+
+
+def next_turn(jobs: Sequence[Job], directory: Path, rows: Rows) -> Turn | None:
+    """Claims the first job that is neither done nor another worker's; returns None once all are done.
+
+    Args:
+      jobs: in the order in which they are claimed.
+      directory: where the workers claim them.
+      rows: reads what is done.
+
+    Raises:
+      InputError: the directory cannot be written to.
+    """
+    while left := _lacking(jobs, rows()):
+        num_done = len(jobs) - len(left)
+        found = claim_first(claims_of(directory), [job.name for job in left])
+        if not isinstance(found, Claim):
+            return Turn(num_done, next(job for job in left if job.name in found), found)
+        job = next(job for job in left if job.name == found.name)
+        if _lacking([job], rows()):
+            return Turn(num_done, job, found)
+        found.release()  # somebody has finished it since we looked
+    return None
+
+
+def take_turn(turn: Turn, session: Session, train: Callable[[Job, Session], None]) -> None:
+    """Trains the job of a turn, or waits a little where it is another worker's.
+
+    Raises:
+      InterruptedRun: once the session should stop.
+    """
+    title = turn.job.title
+    if not isinstance(turn.claim, Claim):
+        holder = turn.claim[turn.job.name]
+        others = f" (and {len(turn.claim) - 1} more)" if len(turn.claim) > 1 else ""
+        session.progress(f"{title}: waiting for {holder}{others}", 0, 0)
+        return _pause(session, f"stopped while waiting for {holder}, which has {title}")
+    with turn.claim as claim:
+        if session.should_stop():
+            raise InterruptedRun(f"stopped before {title}")
+        if claim.left_by is not None:
+            session.note(f"{title}: continuing what {claim.left_by} left")
+        try:
+            train(turn.job, _lent(session, claim))
+        except LostClaim as lost:
+            session.note(f"{lost}; going on with what is left")
+    return None
+
+
+def _lent(session: Session, claim: Claim) -> Session:
+    """Returns a session that ends a run soon after its claim is lost, and before it writes anything more."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        claim.raise_if_lost()
+        session.progress(what, done, total)
+
+    return dataclasses.replace(session, progress=progress, guard=claim.check)
+
+
+def _pause(session: Session, stopped: str) -> None:
+    until = time.monotonic() + POLL_SECS
+    while time.monotonic() < until:
+        if session.should_stop():
+            raise InterruptedRun(stopped)
+        time.sleep(0.1)
+
+
+def _lacking(jobs: Sequence[Job], rows: Mapping[Any, Any]) -> list[Job]:
+    return [job for job in jobs if _cell_of(job) not in rows]
+
+
+def _rows_of(directory: Path) -> dict[Cell, dict[str, Any]]:
+    return {_cell(row): row for row in read_results(directory)}
+
+
+def _cell(row: Mapping[str, Any]) -> Cell:
+    return row["method"], row["shots"], row["seed"], row["config_hash"]
+
+
+def _cell_of(job: Job) -> Cell:
+    return job.method.name, job.shots, job.seed, job.config_hash
 
 
 def _given_source(experiment: Experiment) -> Source | None:
@@ -125,14 +240,6 @@ def _data_versions(experiment: Experiment, needs_source: bool, given: Source | N
     return versions
 
 
-def _cell(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["method"], row["shots"], row["seed"], row["config_hash"]
-
-
-def _cell_of(job: Job) -> tuple[Any, ...]:
-    return job.method.name, job.shots, job.seed, job.config_hash
-
-
 def _prepare_directory(
     experiment: Experiment,
     jobs: Sequence[Job],
@@ -150,12 +257,11 @@ def _prepare_directory(
     write_json(directory / "classes.json", {"source": task.source_classes, "target": task.target_classes})
     write_json(directory / "versions.json", versions(command))
     save_examples(experiment, directory)
-    # The widest grid decides what the report shows; a later, narrower call of the same experiment keeps it.
-    plans = {plan["method"]: plan for plan in read_json(directory / "plans.json", [])}
+    plans: dict[str, Any] = {}
     for method in picked:
-        session.progress(f"planning {method.name}", len(plans), len(plans) + 1)
+        session.progress(f"planning {method.name}", len(plans), len(picked))
         plans[method.name] = plan_method(experiment, method, task).to_json()
-    write_json(directory / "plans.json", list(plans.values()))
+    save_plans(directory, plans)
     if given is not None and given.manifest is not None:
         write_json(directory / "manifest.json", given.manifest.to_json())
         session.note(str(given.manifest))
@@ -163,7 +269,7 @@ def _prepare_directory(
 
 
 def source_model(experiment: Experiment, directory: Path, session: Session) -> Source:
-    """Returns the source model, pre-trained once into `directory`/source.
+    """Returns the source model, pre-trained once into `directory`/source by whichever worker comes first.
 
     Raises:
       InputError: pre-training failed.
@@ -177,12 +283,19 @@ def source_model(experiment: Experiment, directory: Path, session: Session) -> S
         save="full",
     )
     job = Job(settings, dataclasses.replace(methods.scratch, name="pre-training"), None, experiment.source.seed)
-    row = read_json(folder / "result.json", {})
-    if row.get("config_hash") != job.config_hash:
-        row = run(job, folder, session, source=None)
-        if row["status"] != "ok":
-            raise InputError(f"pre-training on {experiment.source.data.name} failed: {row['error']}")
-        write_json(folder / "result.json", row)
+
+    def rows() -> dict[Cell, dict[str, Any]]:
+        row = read_json(folder / "result.json", None)
+        return {_cell(row): row} if row else {}
+
+    def train(job: Job, session: Session) -> None:
+        run(job, folder, session, source=None)  # leaves result.json
+
+    while turn := next_turn([job], directory, rows):
+        take_turn(turn, session, train)
+    row = rows()[_cell_of(job)]
+    if row["status"] != "ok":
+        raise InputError(f"pre-training on {experiment.source.data.name} failed: {row['error']}")
     return load_source(folder)
 
 

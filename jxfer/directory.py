@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jxfer import config, data
+from jxfer import claims, config, data
+from jxfer.claims import Claim
 from jxfer.config import Experiment
 from jxfer.task import load_data
 from jxfer.typing import InputError
@@ -26,20 +29,31 @@ _GRID = ("methods", "shots", "seeds", "wandb")
 
 @contextlib.contextmanager
 def claimed(experiment: Experiment, directory: Path) -> Iterator[None]:
-    """Makes a directory this experiment's, or checks that it is, and keeps other processes out of it meanwhile.
+    """Makes a directory this experiment's, or checks that it is; other processes may work at the same one meanwhile.
 
     Raises:
-      InputError: it holds another experiment, or this one with other settings; another process works in it; or it
-        cannot be written to.
+      InputError: it holds another experiment, or this one with other settings, or somebody works at such a one in it;
+        or it cannot be written to.
     """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to '{directory}': {error.strerror}; choose another --out") from error
     with contextlib.ExitStack() as stack:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(directory))
+        with alone(directory):
             _claim(experiment, directory)
-        except OSError as error:
-            raise InputError(f"cannot write to '{directory}': {error.strerror}; choose another --out") from error
+            stack.enter_context(claims.at_work(claims_of(directory)))
         yield
+
+
+def claims_of(directory: Path) -> Path:
+    """Returns the folder of the claims of a directory."""
+    return directory / ".claims"
+
+
+def alone(directory: Path) -> contextlib.AbstractContextManager[Claim]:
+    """Keeps others from changing the files that all workers share, for the moment that this takes."""
+    return claims.alone(claims_of(directory), "shared-files")
 
 
 def read_results(directory: Path) -> list[dict[str, Any]]:
@@ -54,7 +68,10 @@ def read_results(directory: Path) -> list[dict[str, Any]]:
 
 
 def append_result(directory: Path, row: dict[str, Any]) -> None:
-    """Appends a row in one write that is on disk when this returns; what an earlier crash cut short is dropped."""
+    """Appends a row in one write that is on disk when this returns; what an earlier crash cut short is dropped.
+
+    To be called `alone`.
+    """
     path = directory / "results.jsonl"
     with path.open("ab+") as file:
         file.seek(0)
@@ -71,14 +88,23 @@ def check_data(directory: Path, versions: dict[str, str]) -> None:
       InputError: results in this directory were made from others.
     """
     path = directory / "data.json"
-    known = read_json(path, {})
-    for name, version in versions.items():
-        if known.get(name, version) != version:
-            raise InputError(
-                f"the {name} has changed since '{directory}' was begun ({known[name]} then, {version} now); "
-                "choose another --out"
-            )
-    write_json(path, known | versions)
+    with alone(directory):
+        known = read_json(path, {})
+        for name, version in versions.items():
+            if known.get(name, version) != version:
+                raise InputError(
+                    f"the {name} has changed since '{directory}' was begun ({known[name]} then, {version} now); "
+                    "choose another --out"
+                )
+        write_json(path, known | versions)
+
+
+def save_plans(directory: Path, plans: dict[str, Any]) -> None:
+    """Adds plans, by method, to those that are there: the report shows the widest grid."""
+    path = directory / "plans.json"
+    with alone(directory):
+        known = {plan["method"]: plan for plan in read_json(path, [])}
+        write_json(path, [*(known | plans).values()])
 
 
 def save_examples(experiment: Experiment, directory: Path) -> None:
@@ -88,7 +114,9 @@ def save_examples(experiment: Experiment, directory: Path) -> None:
         return
     test = data.draw(dataset, experiment.target, experiment.shots[0], 0).test
     chosen = np.unique(np.linspace(0, len(test) - 1, min(NUM_EXAMPLES, len(test))).astype(int))
-    np.savez(directory / "examples.npz", ids=test.ids[chosen], images=test.read(chosen)["image"])
+    content = io.BytesIO()
+    np.savez(content, ids=test.ids[chosen], images=test.read(chosen)["image"])
+    write_file(directory / "examples.npz", content.getvalue())
 
 
 def versions(command: str) -> dict[str, str]:
@@ -111,26 +139,17 @@ def read_json(path: Path, default: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all, also where others write it at the same time: the last one stays."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        import fcntl
-    except ImportError:  # not on Windows, which then has no such guard
-        yield
-        return
-    with (directory / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another jxfer is at work in '{directory}'; wait for it or choose another --out"
-            ) from None
-        yield
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _claim(experiment: Experiment, directory: Path) -> None:
@@ -138,9 +157,13 @@ def _claim(experiment: Experiment, directory: Path) -> None:
     settings = json.loads(json.dumps(config.to_dict(experiment)))
     # A start that failed before any run leaves nothing worth keeping, and must not stand in the corrected one's way.
     begun = any((directory / name).exists() for name in ("results.jsonl", "runs", "source"))
-    old = read_json(record, {}) if begun else {}
+    others = claims.workers(claims_of(directory))
+    old = read_json(record, {}) if begun or others else {}
     if old and (differences := _differences(old, settings)):
-        raise InputError(f"'{directory}' holds another experiment: {'; '.join(differences[:3])}; choose another --out")
+        holds = "holds" if begun else f"is where {others[0]} begins"
+        raise InputError(
+            f"'{directory}' {holds} another experiment: {'; '.join(differences[:3])}; choose another --out"
+        )
     write_json(record, _widest(old, settings))
 
 

@@ -27,6 +27,8 @@ class Session:
     """True once SIGTERM or SIGINT has arrived."""
     note: Callable[[str], None] = lambda text: None
     """Called with what the user should read once."""
+    guard: Callable[[], None] = lambda: None
+    """Called before a run writes what counts; raises where another process has taken the run over."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a trained model is worth and what it took: the test split read once, predictions, weights, costs."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,20 @@ COSTS = (
 
 
 def measure(
-    job: Job, task: Task, drawn: data.Drawn, directory: Path, chosen: Outcome, source: Source | None
+    job: Job,
+    task: Task,
+    drawn: data.Drawn,
+    directory: Path,
+    chosen: Outcome,
+    source: Source | None,
+    *,
+    guard: Callable[[], None],
 ) -> dict[str, Any]:
-    """Reads the test split, for the first and only time, and writes predictions and weights."""
+    """Reads the test split, for the first and only time, and writes predictions and weights once `guard` has let it."""
     num_classes = len(task.target_classes)
     metrics, outputs = evaluate_model(job.experiment, num_classes, chosen.model, drawn.test)
     _, validation = evaluate_model(job.experiment, num_classes, chosen.model, drawn.validation)
+    guard()
     np.savez(
         directory / "predictions.npz",
         ids=drawn.test.ids,

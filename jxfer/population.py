@@ -200,6 +200,7 @@ class _Keeper:
         """Saves the population with the best of each variant."""
         if step == self._saved_step:
             return
+        self._contexts[0].session.guard()
         self._saved_step = step
         self._write_members()
         failures = {str(variant): str(error) for variant, error in self.failures.items()}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,15 +39,37 @@ def test_a_narrower_call_does_not_unsay_a_wider_one(tmp_path):
     assert (record["shots"], record["seeds"]) == ([1, None, 2], 5)
 
 
-def test_two_processes_do_not_work_in_one_directory(tmp_path):
-    with (
-        directory.claimed(EXPERIMENT, tmp_path),
-        pytest.raises(InputError, match="another jxfer is at work in"),
-        directory.claimed(EXPERIMENT, tmp_path),
-    ):
+def test_several_processes_work_at_one_experiment_and_none_begins_another_beside_them(tmp_path):
+    other = dataclasses.replace(EXPERIMENT, model=ModelConfig("resnet20"))
+    with directory.claimed(EXPERIMENT, tmp_path), directory.claimed(EXPERIMENT, tmp_path):
+        with (
+            pytest.raises(InputError, match=rf"is where .*, pid {os.getpid()} begins another experiment: model\.name"),
+            directory.claimed(other, tmp_path),
+        ):
+            pass
+        assert json.loads((tmp_path / "experiment.json").read_text())["model"]["name"] == "convnet"
+    with directory.claimed(other, tmp_path):
         pass
-    with directory.claimed(EXPERIMENT, tmp_path):
-        pass
+
+
+def test_plans_of_several_workers_are_kept_together(tmp_path):
+    directory.save_plans(tmp_path, {"scratch": {"method": "scratch", "phases": 1}})
+    directory.save_plans(tmp_path, {"other": {"method": "other"}, "scratch": {"method": "scratch", "phases": 2}})
+    plans = json.loads((tmp_path / "plans.json").read_text())
+    assert plans == [{"method": "scratch", "phases": 2}, {"method": "other"}]
+
+
+def test_a_file_that_several_write_at_once_is_always_whole(tmp_path):
+    contents = [bytes([index]) * 100_000 for index in range(8)]
+    seen = set()
+    directory.write_file(tmp_path / "file", contents[0])
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            written = [pool.submit(directory.write_file, tmp_path / "file", contents[index]) for index in range(8)]
+            while not all(each.done() for each in written):
+                seen.add((tmp_path / "file").read_bytes())
+    assert seen <= set(contents)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_path_that_cannot_be_a_directory_is_one_line(tmp_path):

@@ -21,7 +21,7 @@ LAYERS = (
     ("checkpoint", "known", "source", "pretrained", "task", "plan", "evaluate"),
     ("logs", "loop", "extract", "features", "stored", "phase", "solve", "equivalence", "population"),
     ("search", "measure"),
-    ("run", "predict", "export", "directory", "ablate"),
+    ("run", "predict", "export", "claims", "directory", "ablate"),
     ("report",),
     ("overrides", "progress", "session", "commands", "cli"),
 )

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from jxfer.directory import write_file
 from jxfer.report.comparisons import Comparisons
 from jxfer.report.directory import read_directory
 from jxfer.report.document import Block, Document, Figure, Fold, Gallery
@@ -26,10 +27,10 @@ def build(directory: Path) -> Comparisons:
     material = read_directory(directory)
     report = document(material)
     for name, png in _pngs(report):
-        _write(directory / f"{name}.png", png)
-    _write(directory / "report.md", markdown(report).encode())
-    _write(directory / "tables.tex", latex(paper_tables(material)).encode())
-    _write(directory / "report.html", html(report).encode())
+        write_file(directory / f"{name}.png", png)
+    write_file(directory / "report.md", markdown(report).encode())
+    write_file(directory / "tables.tex", latex(paper_tables(material)).encode())
+    write_file(directory / "report.html", html(report).encode())
     return material.comparisons
 
 
@@ -41,9 +42,3 @@ def _pngs(report: Document) -> Iterator[tuple[str, bytes]]:
                 yield name, png
             case Fold(blocks=inner):
                 blocks.extend(inner)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
