@@ -184,8 +184,13 @@ def take_turn(turn: Turn, session: Session, train: Callable[[Job, Session], None
             session.note(f"{title}: continuing what {claim.left_by} left")
         try:
             train(turn.job, _lent(session, claim))
-        except LostClaim as lost:
-            session.note(f"{lost}; going on with what is left")
+        except Exception:
+            try:
+                claim.check()
+            except LostClaim as lost:  # whatever went wrong is what comes of two at one run
+                session.note(f"{lost}; going on with what is left")
+            else:
+                raise
     return None
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +57,7 @@ class Checkpoints:
         *,
         metrics: Mapping[str, float] | None = None,
         extra: dict[str, Any] | None = None,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         """Starts saving the state after `step` updates; the caller may donate `state` at once.
 
@@ -65,18 +66,20 @@ class Checkpoints:
           state: any tree of arrays, typed keys and numbers.
           metrics: decide which checkpoint is the best.
           extra: JSON-ready; returned by `restore`.
+          guard: called before anything is written, and once more before others are removed; may raise.
 
         Raises:
           InputError: the directory cannot be written; or what an earlier save raised.
         """
         self.wait()
+        guard()
         _make_writable(self._directory)
         flat = _flatten(state)
         metadata = {"metrics": {k: float(v) for k, v in (metrics or {}).items()}, "extra": extra or {}}
         manifest = {"arrays": _describe(flat), "metadata": metadata}
         directory = self._directory / str(step)
         response = _start_write(directory, flat)
-        self._pending = self._worker.submit(self._finish, response, directory, manifest)
+        self._pending = self._worker.submit(self._finish, response, directory, manifest, guard)
 
     def restore(self, template: PyTree, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Returns the state at `step` (None: the newest) and the `extra` saved with it.
@@ -134,8 +137,9 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def _finish(self, response: Any, directory: Path, manifest: dict[str, Any]) -> None:
+    def _finish(self, response: Any, directory: Path, manifest: dict[str, Any], guard: Callable[[], None]) -> None:
         response.result()
+        guard()
         if jax.process_index() == 0:
             _write_manifest(directory, manifest)
             self._prune()

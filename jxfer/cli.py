@@ -187,7 +187,7 @@ def features_check(args: Arguments) -> int:
     return RUN_FAILED if failed else DONE
 
 
-_OUT = {"out": "DIR       where results are kept (out/NAME); the same DIR again continues"}
+_OUT = {"out": "DIR       where results are kept (out/NAME); the same DIR again continues, several at once share"}
 
 COMMANDS = {
     "ablate": Command(

@@ -221,20 +221,18 @@ class _Keeper:
     def save(self, step: int, state: TrainState) -> None:
         if step == self._saved_step:
             return
-        self._context.session.guard()
         self._saved_step = step
         # The newest best has the highest score, so that it stays on disk together with the newest checkpoints.
         score = {"best": float(step) if step == self.best_step else -1.0}
         extra = {"best_step": self.best_step, "best_metrics": self.best_metrics}
-        self._checkpoints.save(step, state, metrics=score, extra=extra)
+        self._checkpoints.save(step, state, metrics=score, extra=extra, guard=self._context.session.guard)
 
     def stop(self, step: int, state: TrainState) -> None:
         """Saves the state, and before it the best one, which no checkpoint has where none were asked for."""
         if self.best_step not in (0, step, *self._checkpoints.steps()):
-            self._context.session.guard()
             with self._open_best() as best:
                 if self.best_step not in best.steps():  # never rewrite the one that an earlier stop relies on
-                    best.save(self.best_step, self.best_arrays)
+                    best.save(self.best_step, self.best_arrays, guard=self._context.session.guard)
         self.save(step, state)
 
     def resume(self, state: TrainState) -> TrainState:

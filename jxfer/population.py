@@ -200,12 +200,12 @@ class _Keeper:
         """Saves the population with the best of each variant."""
         if step == self._saved_step:
             return
-        self._contexts[0].session.guard()
         self._saved_step = step
         self._write_members()
         failures = {str(variant): str(error) for variant, error in self.failures.items()}
         extra = {"best_steps": self.best_steps, "best_metrics": self.best_metrics, "failures": failures}
-        self._checkpoints.save(step, self._saved(population), extra=extra)
+        guard = self._contexts[0].session.guard
+        self._checkpoints.save(step, self._saved(population), extra=extra, guard=guard)
 
     def resume(self, population: Population) -> Population:
         """Returns the newest saved population, with the best so far remembered, or the given one."""

@@ -97,6 +97,22 @@ def test_a_whole_state_comes_back_bit_for_bit_with_its_extra(tmp_path):
     assert extra == {"position": 17, "phase": "probe"}
 
 
+@pytest.mark.parametrize("last_call", [1, 2])
+def test_a_save_that_is_no_longer_allowed_neither_counts_nor_removes_others(tmp_path, last_call):
+    calls = []
+
+    def guard() -> None:
+        calls.append(None)
+        if len(calls) == last_call:
+            raise RuntimeError("another's by now")
+
+    save(tmp_path, {1: None, 2: None})
+    with pytest.raises(RuntimeError, match="another's by now"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, {"w": jnp.zeros(4)}, guard=guard)
+    assert Checkpoints(tmp_path).steps() == [1, 2]
+    assert (tmp_path / "3").exists() == (last_call == 2)
+
+
 def test_twelve_layers_come_back_in_their_places(tmp_path):
     layers = {"layers": [jnp.full((2,), float(i)) for i in range(12)]}
     with Checkpoints(tmp_path) as checkpoints:
