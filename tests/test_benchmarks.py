@@ -96,3 +96,30 @@ def test_solving_a_path_at_once_reaches_the_objective_of_scikit_learn(script, ca
     assert {setting.head for setting in results} == {"logistic", "ridge"}
     assert all(result.excess < 1e-4 for result in results.values())
     assert "| logistic | 400 × 16, 3" in capsys.readouterr().out
+
+
+def test_devices_exchange_gradients_of_what_trains_and_leaves_that_are_sharded(script, capsys):
+    rows = script("sharding").main(["--quick"])
+    assert {(row.way, row.layout) for row in rows if row.devices == 8} == {
+        (way, layout) for way in ("full fine-tuning", "last stage + head", "head") for layout in ("data", "fsdp")
+    }
+    one = {row.way: row for row in rows if row.devices == 1}
+    for row in rows:
+        reduced, gathered = (row.collectives.get(kind, 0) for kind in ("all-reduce", "all-gather"))
+        if row.devices == 1:
+            assert row.collectives == {}
+            continue
+        assert row.predicted["all-reduce"] <= reduced <= 1.01 * row.predicted["all-reduce"] + 2048
+        sharded = row.predicted["all-gather"] if row.layout == "fsdp" else 0
+        assert sharded <= gathered <= 2.02 * sharded
+        assert row.flops == pytest.approx(one[row.way].flops / 8, rel=0.1)
+    assert "On paper, not measured" in capsys.readouterr().out
+
+
+def test_bytes_of_collectives_are_read_off_the_program(script):
+    program = """
+      %all-reduce.1 = (f32[2,3]{1,0}, bf16[4]{0}) all-reduce(f32[2,3] %a, bf16[4] %b), channel_id=1
+      %ag = f32[8,2]{1,0} all-gather(f32[1,2]{1,0} %c), dimensions={0}
+      %add = f32[100]{0} add(%d, %all-reduce.1)
+    """
+    assert script("sharding").collective_bytes(program) == {"all-reduce": 32, "all-gather": 64}
