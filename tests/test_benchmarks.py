@@ -123,3 +123,9 @@ def test_bytes_of_collectives_are_read_off_the_program(script):
       %add = f32[100]{0} add(%d, %all-reduce.1)
     """
     assert script("sharding").collective_bytes(program) == {"all-reduce": 32, "all-gather": 64}
+
+
+def test_a_delta_of_a_probe_is_a_small_part_of_the_whole(script, capsys):
+    _, part = script("checkpoints").main(["--quick"])
+    assert part < 0.1, "of a small network, whose index files weigh"
+    assert "a checkpoint every 50 steps" in capsys.readouterr().out
