@@ -36,6 +36,9 @@ FEATURE_BATCH_SIZE = 64
 """One size whatever a run trains with, so that rows which runs share have the same bits. On a CPU convolutions take a
 fifth longer per image in batches of 256."""
 
+_NO_OPTIMIZER = optax.identity()
+"""One for all, since a program is compiled anew for what is not the same transform."""
+
 Put = Callable[[HostBatch, jax.sharding.Mesh], Batch]
 """Puts a batch onto the devices."""
 
@@ -273,7 +276,7 @@ def evaluate_model(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Evaluates a whole model on the inputs of a split, however it was trained; returns metrics and outputs [N K]."""
     partition = Partition.of(model, [("**", FROZEN)])
-    state, fixed = init_state(model, partition, optax.identity())
+    state, fixed = init_state(model, partition, _NO_OPTIMIZER)
     prepare = prepare_images(experiment, num_classes, train=False)
     eval_step = make_eval_step(classification(), prepare=prepare)
     return evaluate(eval_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=make_mesh(experiment.mesh))

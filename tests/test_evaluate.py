@@ -9,11 +9,12 @@ from flax import nnx
 from networks import Net
 from sklearn.metrics import accuracy_score
 
-from jxfer.config import MeshConfig
+from jxfer.config import Experiment, MeshConfig
 from jxfer.data import ArraySplit
 from jxfer.evaluate import evaluate
 from jxfer.objectives import classification
 from jxfer.partition import Partition, fingerprint
+from jxfer.phase import evaluate_model
 from jxfer.sharding import make_mesh
 from jxfer.state import init_state, merge_state, place_state
 from jxfer.step import make_eval_step
@@ -59,3 +60,14 @@ def test_each_example_counts_once_whatever_the_batch_size_and_the_mesh(batch_siz
         "loss": pytest.approx(float(np.mean(np.asarray(losses, np.float64))), rel=1e-5),
         "accuracy": accuracy_score(labels, logits.argmax(-1)),
     }
+
+
+def test_evaluating_a_model_with_other_weights_compiles_nothing(caplog):
+    def evaluate_new(seed):
+        return evaluate_model(Experiment("e"), 5, Net(nnx.Rngs(seed)), make_split())
+
+    first, _ = evaluate_new(0)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        second, _ = evaluate_new(1)
+    assert not [record for record in caplog.records if "Compiling jit(evaluation)" in record.getMessage()]
+    assert second != first
