@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -191,14 +191,20 @@ def claim_first(folder: Path, names: Sequence[str]) -> Claim | dict[str, Holder]
 
 
 @contextlib.contextmanager
-def alone(folder: Path, name: str) -> Iterator[Claim]:
-    """Holds a claim that workers hold for moments only, after waiting for it.
+def alone(folder: Path, name: str, *, waiting: Callable[[Holder], None] = lambda holder: None) -> Iterator[Claim]:
+    """Waits for a claim and holds it.
+
+    Args:
+      folder: of the claims; made where it is not there.
+      name: of the claim.
+      waiting: called now and then with who has it meanwhile; may raise.
 
     Raises:
       InputError: the folder cannot be written to.
     """
     pause = 0.01
     while isinstance(found := claim_first(folder, [name]), dict):
+        waiting(found[name])
         time.sleep(pause * random.uniform(0.5, 1))
         pause = min(2 * pause, 0.5)
     with found:
@@ -343,4 +349,5 @@ def _reaching(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot write to '{folder}': {error.strerror}; choose another --out") from error
+        problem = f"cannot write to '{folder}': {error.strerror}"
+        raise InputError(f"{problem}; make it writable, or choose another") from error

@@ -4,6 +4,7 @@ Runs with other seeds, shots, methods and experiments read the rows they share a
 that each example goes once through the frozen stages.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from jxfer import data, models
+from jxfer.claims import Holder
 from jxfer.config import PREPROCESSING, Experiment, to_dict
 from jxfer.data import VIEW_SEED, ArraySplit, Dataset, Joined, Prepare, PrepareViews, Split, Subset, Views
 from jxfer.data.dataset import MEMORY_BYTES
@@ -25,7 +27,7 @@ from jxfer.models.stages import stage_of
 from jxfer.partition import fingerprint
 from jxfer.state import Fixed, TrainState, merge_state
 from jxfer.store import Fields, Store, open_store
-from jxfer.typing import HostBatch, InputError
+from jxfer.typing import HostBatch, InputError, InterruptedRun
 
 FORMAT = 1
 """Raised when rows written by an older jxfer must not be read any more."""
@@ -139,9 +141,12 @@ class Extractor:
         in_memory = len(names) * store.layout.row_bytes <= MEMORY_BYTES
         title = f"{self.title} · features before {self.boundary}"
         for _ in range(_TRIES):
-            if lacking := store.lacks(names):
-                compute_rows(prefix, store, source, lacking, session=self.session, title=title)
-                computed += len(lacking)
+            if store.lacks(names):
+                with self._alone(store, title):
+                    store.refresh()
+                    if lacking := store.lacks(names):
+                        compute_rows(prefix, store, source, lacking, session=self.session, title=title)
+                        computed += len(lacking)
             if not in_memory and not store.check(names):
                 return StoredSplit(source.ids, source.labels, store, names), store.row_flops, computed
             if in_memory:
@@ -149,6 +154,17 @@ class Extractor:
                 if not damaged:
                     return ArraySplit(source.ids, source.labels, arrays), store.row_flops, computed
         raise InputError("features are damaged each time they are written; set JXFER_CACHE to a folder on another disk")
+
+    def _alone(self, store: Store, title: str) -> contextlib.AbstractContextManager[Any]:
+        """Waits while another worker computes rows of the same key: they may be the very same ones."""
+
+        def waiting(holder: Holder) -> None:
+            if self.session.should_stop():
+                raise InterruptedRun(f"stopped while waiting for features from {holder}")
+            self.session.progress(f"{title}: waiting for {holder}", 0, 0)
+
+        # The processes of one worker compute together, so none of them may wait for another.
+        return store.alone(waiting) if jax.process_count() == 1 else contextlib.nullcontext()
 
 
 def stored_splits(

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from jxfer import claims
 from jxfer.chunks import SUFFIX, UNFINISHED, Chunk, Layout, open_chunk, write_chunk
+from jxfer.claims import Claim, Holder
 from jxfer.config import config_hash
 from jxfer.data.prepare import cache_dir
 from jxfer.typing import InputError
@@ -56,8 +58,18 @@ class Store:
         self.layout, self.row_flops = layout, row_flops
         self._directory, self._lock, self._note = directory, lock, note
         self._places: dict[str, tuple[Chunk, int]] = {}
-        for path in sorted(directory.glob(f"*{SUFFIX}")):  # by time, so that rows computed anew replace damaged ones
+        self._seen: set[Path] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Finds the rows that are on disk, those that another process has written meanwhile too."""
+        # By time, so that rows computed anew replace damaged ones.
+        for path in sorted(set(self._directory.glob(f"*{SUFFIX}")) - self._seen):
             self._open(path)
+
+    def alone(self, waiting: Callable[[Holder], None]) -> contextlib.AbstractContextManager[Claim]:
+        """Keeps others, on other machines too, from computing rows of this key; calls `waiting` until they end."""
+        return claims.alone(root() / ".claims", self._directory.name, waiting=waiting)
 
     def lacks(self, names: Sequence[str]) -> list[int]:
         """Returns the indices of the names without a row; of equal names the first."""
@@ -95,6 +107,7 @@ class Store:
         self._open(write_chunk(self._directory, names, self.layout.encode(arrays)))
 
     def _open(self, path: Path) -> None:
+        self._seen.add(path)
         try:
             chunk = open_chunk(path)
         except ValueError as error:

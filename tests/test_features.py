@@ -1,8 +1,10 @@
 """The frozen boundary for every model kind and rule, and training on stored features equal to training online."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -392,6 +394,30 @@ def test_stopped_in_the_middle_what_was_computed_stays(monkeypatch):
         stored_splits(extractor_of(*probe(), session=runs.stop_after(2)), split, split, num_steps=3)
     _, _, took = stored_splits(extractor_of(*probe()), split, split, num_steps=3)
     assert (took.examples, took.computed) == (80, 16)
+
+
+def test_rows_that_another_worker_computes_are_waited_for_and_read():
+    split = tiny.make_split(20)
+    _, _, took = stored_splits(extractor_of(*probe()), split, split, num_steps=3)
+    (known,) = store.list_keys()
+    opened = store.open_store(known.fields, lambda: pytest.fail("it is known"))
+    (chunk,) = store.root().rglob(f"*{SUFFIX}")
+    hidden = chunk.rename(chunk.with_suffix(".hidden"))
+    other = contextlib.ExitStack()
+    other.enter_context(opened.alone(lambda holder: pytest.fail("nobody else has it")))
+    stop = [True]
+
+    def progress(what: str, done: int, total: int) -> None:
+        assert "features before head: waiting for" in what
+        hidden.rename(chunk)
+        other.close()
+
+    session = runs.Session(progress=progress, should_stop=lambda: bool(stop))
+    with pytest.raises(InterruptedRun, match=f"waiting for features from .*, pid {os.getpid()}"):
+        stored_splits(extractor_of(*probe(), session=session), split, split, num_steps=3)
+    stop.clear()
+    _, _, again = stored_splits(extractor_of(*probe(), session=session), split, split, num_steps=3)
+    assert (took.computed, again.computed, again.examples) == (20, 0, 40)
 
 
 KILLED = """

@@ -17,11 +17,11 @@ LAYERS = (
     ("solvers", "surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("state", "step"),
-    ("cost", "chunks", "store", "variants", "planned", "saving"),
+    ("claims", "cost", "chunks", "store", "variants", "planned", "saving"),
     ("checkpoint", "known", "source", "pretrained", "task", "plan", "evaluate"),
     ("logs", "loop", "extract", "features", "stored", "phase", "solve", "equivalence", "population"),
     ("search", "measure"),
-    ("run", "predict", "export", "claims", "directory", "ablate"),
+    ("run", "predict", "export", "directory", "ablate"),
     ("report",),
     ("overrides", "progress", "session", "commands", "cli"),
 )
