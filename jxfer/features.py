@@ -81,7 +81,9 @@ class StoredSplit:
 
     def read(self, indices: np.ndarray) -> HostBatch:
         """Reads the rows at `indices`; raises InputError if one was damaged since the phase began."""
-        arrays, damaged = self.store.read([self.names[int(index)] for index in indices])
+        names = [self.names[int(index)] for index in indices]
+        # A thread that reads ahead may have found the damage before, and then the store has no such rows any more.
+        arrays, damaged = ({}, names) if self.store.lacks(names) else self.store.read(names)
         if damaged:
             raise InputError("stored features were damaged while a run used them; start it again to compute them anew")
         return {**arrays, "label": self.labels[indices]}

@@ -383,8 +383,9 @@ def test_features_larger_than_memory_are_read_as_they_are_asked_for(monkeypatch)
     assert not store.remove(known.key), "in use"
     file = next(store.root().rglob(f"*{SUFFIX}"))
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.raises(InputError, match="damaged while a run used them; start it again"):
-        lazy.read(np.arange(3))
+    for _ in range(2):
+        with pytest.raises(InputError, match="damaged while a run used them; start it again"):
+            lazy.read(np.arange(3))
 
 
 def test_stopped_in_the_middle_what_was_computed_stays(monkeypatch):
