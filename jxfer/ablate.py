@@ -1,5 +1,6 @@
 """A grid of runs: what is done, what is left, which worker does it, and the source model they share."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -8,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jxfer import data, methods, paths
+from jxfer import data, distributed, methods, paths
 from jxfer.checks import check
-from jxfer.claims import Claim, Holder, LostClaim, claim_first
+from jxfer.claims import Claim, Followed, Holder, LostClaim, claim_first
 from jxfer.config import Experiment, Method, SearchConfig
 from jxfer.directory import (
     alone,
@@ -52,7 +53,7 @@ class Turn:
     """Of all jobs, whoever did them."""
     job: Job
     """To be trained, or the first of those to be waited for."""
-    claim: Claim | dict[str, Holder]
+    claim: Claim | Followed | dict[str, Holder]
     """Of the job; or who has the jobs that are left, by their names."""
 
 
@@ -117,18 +118,23 @@ def _run_all(
     check(experiment)
     experiment = resolve(experiment)
     jobs = [dataclasses.replace(job, experiment=experiment) for job in jobs]
-    with claimed(experiment, directory):
+    with contextlib.ExitStack() as stack:
+        distributed.on_main(lambda: stack.enter_context(claimed(experiment, directory)))
         needs_source = any(job.method.start == "source" for job in jobs)
         given = _given_source(experiment) if needs_source else None
-        check_data(directory, _data_versions(experiment, needs_source, given))
+        data_versions = _data_versions(experiment, needs_source, given)
+        distributed.on_main(lambda: check_data(directory, data_versions))
         rows = functools.partial(_rows_of, directory)
         source = None
-        if _lacking(jobs, rows()):
+        if distributed.on_main(lambda: bool(_lacking(jobs, rows()))):
             source = _prepare_directory(experiment, jobs, directory, session, command, given)
 
         def train(job: Job, session: Session) -> None:
             used = source if job.method.start == "source" else None
             row = run(job, directory / "runs" / job.name, session, source=used)
+            distributed.on_main(lambda: append(row, session))
+
+        def append(row: dict[str, Any], session: Session) -> None:
             with alone(directory):
                 session.guard()
                 if _cell(row) not in rows():  # one row per run, whatever a worker that was away may think
@@ -138,12 +144,13 @@ def _run_all(
             session.progress("runs", turn.num_done, len(jobs))
             take_turn(turn, session, train)
         session.progress("runs", len(jobs), len(jobs))
-        done = rows()
-    return [done[_cell_of(job)] for job in jobs]
+        return distributed.on_main(lambda: _in_order(jobs, rows()))
 
 
 def next_turn(jobs: Sequence[Job], directory: Path, rows: Rows) -> Turn | None:
     """Claims the first job that is neither done nor another worker's; returns None once all are done.
+
+    A worker of several processes claims by its first one, which the others follow.
 
     Args:
       jobs: in the order in which they are claimed.
@@ -153,6 +160,24 @@ def next_turn(jobs: Sequence[Job], directory: Path, rows: Rows) -> Turn | None:
     Raises:
       InputError: the directory cannot be written to.
     """
+    turns: list[Turn | None] = []
+
+    def ask() -> dict[str, Any] | None:
+        turns.append(turn := _claim_next(jobs, directory, rows))
+        if turn is None:
+            return None
+        held = turn.claim if isinstance(turn.claim, dict) else {}
+        holders = {name: dataclasses.asdict(holder) for name, holder in held.items()}
+        return {"num_done": turn.num_done, "job": jobs.index(turn.job), "holders": holders}
+
+    told = distributed.on_main(ask)
+    if turns or told is None:
+        return turns[0] if turns else None
+    holders = {name: Holder(**holder) for name, holder in told["holders"].items()}
+    return Turn(told["num_done"], jobs[told["job"]], holders or Followed())
+
+
+def _claim_next(jobs: Sequence[Job], directory: Path, rows: Rows) -> Turn | None:
     while left := _lacking(jobs, rows()):
         num_done = len(jobs) - len(left)
         found = claim_first(claims_of(directory), [job.name for job in left])
@@ -172,7 +197,7 @@ def take_turn(turn: Turn, session: Session, train: Callable[[Job, Session], None
       InterruptedRun: once the session should stop.
     """
     title = turn.job.title
-    if not isinstance(turn.claim, Claim):
+    if isinstance(turn.claim, dict):
         holder = turn.claim[turn.job.name]
         others = f" (and {len(turn.claim) - 1} more)" if len(turn.claim) > 1 else ""
         session.progress(f"{title}: waiting for {holder}{others}", 0, 0)
@@ -188,13 +213,15 @@ def take_turn(turn: Turn, session: Session, train: Callable[[Job, Session], None
             try:
                 claim.check()
             except LostClaim as lost:  # whatever went wrong is what comes of two at one run
+                if distributed.count() > 1:  # the other processes are still at it
+                    raise InterruptedRun(str(lost)) from lost
                 session.note(f"{lost}; going on with what is left")
             else:
                 raise
     return None
 
 
-def _lent(session: Session, claim: Claim) -> Session:
+def _lent(session: Session, claim: Claim | Followed) -> Session:
     """Returns a session that ends a run soon after its claim is lost, and before it writes anything more."""
 
     def progress(what: str, done: int, total: int) -> None:
@@ -205,11 +232,15 @@ def _lent(session: Session, claim: Claim) -> Session:
 
 
 def _pause(session: Session, stopped: str) -> None:
-    until = time.monotonic() + POLL_SECS
-    while time.monotonic() < until:
+    num_looks = max(1, round(POLL_SECS / 0.1))
+    for _ in range(num_looks):  # and not until a time: processes must ask equally often
         if session.should_stop():
             raise InterruptedRun(stopped)
-        time.sleep(0.1)
+        time.sleep(POLL_SECS / num_looks)
+
+
+def _in_order(jobs: Sequence[Job], rows: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[_cell_of(job)] for job in jobs]
 
 
 def _lacking(jobs: Sequence[Job], rows: Mapping[Any, Any]) -> list[Job]:
@@ -259,15 +290,17 @@ def _prepare_directory(
     for shots in {job.shots for job in jobs}:  # too many shots are an error now, not after an hour of other runs
         data.draw(load_data(experiment.target), experiment.target, shots, 0)
     task = task_of(experiment) if needs_source else _task_without_source(experiment)
-    write_json(directory / "classes.json", {"source": task.source_classes, "target": task.target_classes})
-    write_json(directory / "versions.json", versions(command))
-    save_examples(experiment, directory)
+    if distributed.is_main():
+        write_json(directory / "classes.json", {"source": task.source_classes, "target": task.target_classes})
+        write_json(directory / "versions.json", versions(command))
+        save_examples(experiment, directory)
     plans: dict[str, Any] = {}
     for method in picked:
         session.progress(f"planning {method.name}", len(plans), len(picked))
         plans[method.name] = plan_method(experiment, method, task).to_json()
-    save_plans(directory, plans)
-    if given is not None and given.manifest is not None:
+    if distributed.is_main():
+        save_plans(directory, plans)
+    if given is not None and given.manifest is not None and distributed.is_main():
         write_json(directory / "manifest.json", given.manifest.to_json())
         session.note(str(given.manifest))
     return given or (source_model(experiment, directory, session) if needs_source else None)
@@ -298,7 +331,7 @@ def source_model(experiment: Experiment, directory: Path, session: Session) -> S
 
     while turn := next_turn([job], directory, rows):
         take_turn(turn, session, train)
-    row = rows()[_cell_of(job)]
+    row = distributed.on_main(lambda: rows()[_cell_of(job)])
     if row["status"] != "ok":
         raise InputError(f"pre-training on {experiment.source.data.name} failed: {row['error']}")
     return load_source(folder)

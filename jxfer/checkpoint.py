@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jxfer import paths
+from jxfer import distributed, paths
+from jxfer.sharding import put
 from jxfer.typing import InputError, PyTree
 
 _MANIFEST = "manifest.json"
@@ -29,7 +30,8 @@ _MANIFEST = "manifest.json"
 class Checkpoints:
     """The checkpoints of one run: a sub-directory per step, of which the newest and the best stay.
 
-    Saving happens in the background, one save at a time; leaving the `with` block waits for the last.
+    Saving happens in the background, one save at a time; leaving the `with` block waits for the last. All processes
+    make the same calls; each writes its part of the arrays, and process 0 says which checkpoints there are.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Checkpoints:
         """
         self.wait()
         guard()
-        _make_writable(self._directory)
+        distributed.on_main(lambda: _make_writable(self._directory))
         flat = _flatten(state)
         metadata = {"metrics": {k: float(v) for k, v in (metrics or {}).items()}, "extra": extra or {}}
         manifest = {"arrays": _describe(flat), "metadata": metadata}
@@ -98,14 +100,14 @@ class Checkpoints:
             raise InputError(f"{wanted} in {self._directory}; steps there: {', '.join(map(str, steps)) or 'none'}")
         step = steps[-1] if step is None else step
         directory = self._directory / str(step)
-        manifest = _read_manifest(directory)
+        manifest = distributed.on_main(lambda: _read_manifest(directory))
         state = _read(directory, manifest["arrays"], template, what=f"checkpoint at step {step}")
         return state, manifest["metadata"]["extra"]
 
     def steps(self) -> list[int]:
         """Returns the steps of the whole checkpoints, ascending; one that is half-written or truncated is not one."""
         self.wait()
-        return sorted(self._manifests())
+        return distributed.on_main(lambda: sorted(_manifests(self._directory)))
 
     def latest(self) -> int | None:
         """Returns the newest step there is a whole checkpoint of, or None."""
@@ -114,7 +116,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """Returns the step with the largest `best_metric`, or None where no checkpoint has it."""
         self.wait()
-        return self._best(self._manifests())
+        return distributed.on_main(lambda: self._best(_manifests(self._directory)))
 
     def wait(self) -> None:
         """Waits until the last save is on disk, and raises what it raised."""
@@ -140,12 +142,12 @@ class Checkpoints:
     def _finish(self, response: Any, directory: Path, manifest: dict[str, Any], guard: Callable[[], None]) -> None:
         response.result()
         guard()
-        if jax.process_index() == 0:
+        if distributed.is_main():
             _write_manifest(directory, manifest)
             self._prune()
 
     def _prune(self) -> None:
-        manifests = self._manifests()
+        manifests = _manifests(self._directory)
         keep = {str(step) for step in sorted(manifests)[-self._keep_last :]}
         if self._keep_best:
             keep.add(str(self._best(manifests)))
@@ -153,36 +155,40 @@ class Checkpoints:
             if entry.name not in keep:
                 shutil.rmtree(entry)
 
-    def _manifests(self) -> dict[int, dict[str, Any]]:
-        named = [entry for entry in _entries(self._directory) if entry.name.isdigit()]
-        return {int(entry.name): manifest for entry in named if (manifest := _read_manifest(entry))}
-
     def _best(self, manifests: dict[int, dict[str, Any]]) -> int | None:
         values = {step: manifests[step]["metadata"]["metrics"].get(self._best_metric) for step in sorted(manifests)}
         known = {step: value for step, value in values.items() if value is not None and not math.isnan(value)}
         return max(known, key=lambda step: known[step], default=None)
 
 
+def newest_step(directory: Path) -> int | None:
+    """Returns the newest step there is a whole checkpoint of in a directory, or None; asks no other process."""
+    return max(_manifests(directory), default=None)
+
+
 def save_arrays(directory: Path, arrays: Mapping[str, Any], *, metadata: dict[str, Any]) -> None:
     """Writes the weights of a finished run, whole or not at all; an earlier save in `directory` is replaced.
+
+    All processes must call it.
 
     Raises:
       InputError: the directory cannot be written.
     """
     directory = Path(directory).absolute()
-    _make_writable(directory.parent)
+    distributed.on_main(lambda: _make_writable(directory.parent))
     _start_write(directory, dict(arrays)).result()
-    _write_manifest(directory, {"arrays": _describe(arrays), "metadata": metadata})
+    manifest = {"arrays": _describe(arrays), "metadata": metadata}
+    distributed.on_main(lambda: _write_manifest(directory, manifest))
 
 
 def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns what `save_arrays` wrote: arrays by path, on the host, and the metadata.
+    """Returns what `save_arrays` wrote: arrays by path, on the host, and the metadata; all processes must call it.
 
     Raises:
       InputError: there are no whole weights in `directory`.
     """
     directory = Path(directory).absolute()
-    manifest = _read_manifest(directory)
+    manifest = distributed.on_main(lambda: _read_manifest(directory))
     if not manifest:
         raise InputError(f"no whole weights in {directory}; was the run that writes them interrupted?")
     template = {path: np.empty(array["shape"], jnp.dtype(array["dtype"])) for path, array in manifest["arrays"].items()}
@@ -200,8 +206,13 @@ def weights_hash(arrays: Mapping[str, Any]) -> str:
 
 def _start_write(directory: Path, flat: Mapping[str, Any]) -> Any:
     # Orbax refuses arrays of no elements and NumPy scalars; the manifest alone keeps the former.
-    stored = {path: leaf if isinstance(leaf, jax.Array) else np.array(leaf) for path, leaf in flat.items()}
+    # And of several processes' own copies it refuses those on devices; of those on hosts process 0 writes its own.
+    stored = {path: leaf if _is_written_from_device(leaf) else np.array(leaf) for path, leaf in flat.items()}
     return _orbax().save_async(directory, {k: v for k, v in stored.items() if v.size}, overwrite=True)
+
+
+def _is_written_from_device(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not (distributed.count() > 1 and leaf.is_fully_addressable)
 
 
 def _read(directory: Path, saved: Mapping[str, Any], template: PyTree, *, what: str) -> PyTree:
@@ -252,7 +263,7 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
 def _abstract(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return np.array(leaf)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -260,7 +271,7 @@ def _like(leaf: Any, value: Any) -> Any:
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         value = np.empty(leaf.shape, leaf.dtype) if value is None else value
         # Orbax returns keys under another spelling of the same sharding, which jit would compile for again.
-        return jax.device_put(value, _abstract(leaf).sharding)
+        return put(value, _abstract(leaf).sharding)
     if isinstance(leaf, np.ndarray):
         return leaf.copy() if value is None else value
     return type(leaf)(value.item())
@@ -281,6 +292,12 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return manifest if whole else {}
+
+
+def _manifests(directory: Path) -> dict[int, dict[str, Any]]:
+    """Returns the manifests of the whole checkpoints by their steps."""
+    named = [entry for entry in _entries(directory) if entry.name.isdigit()]
+    return {int(entry.name): manifest for entry in named if (manifest := _read_manifest(entry))}
 
 
 def _entries(directory: Path) -> list[Path]:

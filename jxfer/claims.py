@@ -159,6 +159,24 @@ class Claim:
             raise
 
 
+class Followed:
+    """The claim of a worker's first process, to the others of the same job: they neither hold nor lose it."""
+
+    left_by = None
+
+    def check(self) -> None:
+        """Does nothing."""
+
+    def raise_if_lost(self) -> None:
+        """Does nothing."""
+
+    def __enter__(self) -> "Followed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def claim_first(folder: Path, names: Sequence[str]) -> Claim | dict[str, Holder]:
     """Claims the first of some names that nobody holds, or returns who holds each of them.
 

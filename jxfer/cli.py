@@ -35,33 +35,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        print("jxfer: stopped at once; the run that was under way continues from its last checkpoint", file=sys.stderr)
-        return KILLED
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if (known := _explain(error)) is None:
             raise
-        return known
+        status, line = known
+        print(line, file=sys.stderr)
+        return status
 
 
 def ablate(args: Arguments) -> int:
     """Trains the grid of an experiment, prints its table and builds its report."""
-    from jxfer import ablate, report
+    from jxfer import ablate, distributed, report
     from jxfer.session import open_session
 
     experiment = _experiment(args)
     directory = _directory(args, experiment)
     with open_session() as session:
         results = ablate.ablate(experiment, directory, session, command=args.line)
-    comparisons = report.build(directory)
-    _print_table(report.summary_table(results, comparisons))
-    print(f"open {directory / 'report.html'}")
+    if distributed.is_main():
+        comparisons = report.build(directory)
+        _print_table(report.summary_table(results, comparisons))
+        print(f"open {directory / 'report.html'}")
     return _report_failures(results)
 
 
 def run(args: Arguments) -> int:
     """Trains one cell of the grid."""
-    from jxfer import ablate
+    from jxfer import ablate, distributed
     from jxfer.session import open_session
     from jxfer.typing import InputError
 
@@ -72,7 +72,7 @@ def run(args: Arguments) -> int:
     cell = (args.options["method"], _shots(experiment), _whole(args, "seed", default=0))
     with open_session() as session:
         row = ablate.run_one(experiment, *cell, directory, session, command=args.line)
-    if row["status"] == "ok":
+    if row["status"] == "ok" and distributed.is_main():
         values = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
         print(f"{_title(row)}: {values} on the test split, after {row['steps']} steps in {row['seconds']:.0f} s")
     return _report_failures([row])
@@ -189,18 +189,26 @@ def features_check(args: Arguments) -> int:
 
 _OUT = {"out": "DIR       where results are kept (out/NAME); the same DIR again continues, several at once share"}
 
+_PROCESSES = {
+    "coordinator": "HOST:PORT where process 0 of several listens (JXFER_COORDINATOR); clusters say so themselves",
+    "num_processes": "N         how many processes train as one (JXFER_NUM_PROCESSES); 1: this one works alone",
+    "process_id": "I         which of them this is, from 0 (JXFER_PROCESS_ID)",
+}
+
 COMMANDS = {
     "ablate": Command(
         ablate,
         "EXPERIMENT",
         "train every method, number of shots and seed of an experiment, and report",
-        _OUT | {"methods": "A,B       these methods instead of the experiment's own"},
+        _OUT | {"methods": "A,B       these methods instead of the experiment's own"} | _PROCESSES,
+        joins=True,
     ),
     "run": Command(
         run,
         "EXPERIMENT",
         "train one method at one number of shots and one seed",
-        _OUT | {"method": "NAME      which method", "seed": "N         which seed (0)"},
+        _OUT | {"method": "NAME      which method", "seed": "N         which seed (0)"} | _PROCESSES,
+        joins=True,
     ),
     "plan": Command(
         plan,
@@ -255,7 +263,15 @@ def _dispatch(argv: list[str]) -> int:
         return DONE
     if name not in COMMANDS:
         raise paths.unknown("command", name, group or COMMANDS)
-    return COMMANDS[name].call(_arguments(name, argv, COMMANDS[name]))
+    command = COMMANDS[name]
+    if not command.joins:
+        return command.call(_arguments(name, argv, command))
+
+    from jxfer import overrides, peers
+
+    _, options = overrides.split_options(argv[1:], SWITCHES)
+    with peers.together(options, _explain):
+        return command.call(_arguments(name, argv, command))
 
 
 def _arguments(name: str, argv: list[str], command: Command) -> Arguments:
@@ -347,28 +363,30 @@ def _print_table(table: Any) -> None:
 
 
 def _report_failures(results: Sequence[Mapping[str, Any]]) -> int:
+    from jxfer import distributed
+
     failed = [row for row in results if row["status"] == "failed"]
-    if not failed:
-        return DONE
-    print(f"jxfer: {len(failed)} of {len(results)} runs failed:", file=sys.stderr)
-    for row in failed:
-        print(f"  {_title(row)}: {row['error']}", file=sys.stderr)
-    return RUN_FAILED
+    if failed and distributed.is_main():
+        print(f"jxfer: {len(failed)} of {len(results)} runs failed:", file=sys.stderr)
+        for row in failed:
+            print(f"  {_title(row)}: {row['error']}", file=sys.stderr)
+    return RUN_FAILED if failed else DONE
 
 
 def _title(row: Mapping[str, Any]) -> str:
     return f"{row['method']} · {'all' if row['shots'] is None else row['shots']} shots · seed {row['seed']}"
 
 
-def _explain(error: Exception) -> int | None:
+def _explain(error: BaseException) -> tuple[int, str] | None:
+    """Returns exit status and line of what is no bug."""
     from jxfer.typing import InputError, InterruptedRun
 
+    if isinstance(error, KeyboardInterrupt):
+        return KILLED, "jxfer: stopped at once; the run that was under way continues from its last checkpoint"
     if isinstance(error, InterruptedRun):
-        print(f"jxfer: {error}; run the same command again to continue", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED, f"jxfer: {error}; run the same command again to continue"
     if isinstance(error, InputError):
-        print(f"jxfer: error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return BAD_INPUT, f"jxfer: error: {error}"
     return None
 
 

@@ -28,6 +28,8 @@ class Command:
     summary: str
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Name -> value and help, of the options that are not settings."""
+    joins: bool = False
+    """Whether several processes can run it as one."""
 
     @property
     def most_operands(self) -> int | float:
@@ -66,7 +68,9 @@ def help_of(name: str, command: Command) -> str:
     """Returns what `jxfer NAME --help` prints."""
     lines = [f"usage: jxfer {name} {command.operands}{' [OPTIONS]' if command.options else ''}", "", command.summary]
     if command.options:
-        lines += ["", *(f"  --{option:<8} {text}" for option, text in command.options.items())]
+        options = {name.replace("_", "-"): text for name, text in command.options.items()}
+        width = max(8, *map(len, options))
+        lines += ["", *(f"  --{name:<{width}} {text}" for name, text in options.items())]
     if command.takes_settings:
         from jxfer import overrides
 

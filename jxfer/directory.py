@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jxfer import claims, config, data
+from jxfer import claims, config, data, distributed
 from jxfer.claims import Claim
 from jxfer.config import Experiment
 from jxfer.task import load_data
@@ -127,6 +127,7 @@ def versions(command: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "device": f"{len(devices)} × {devices[0].device_kind}",
+        "processes": str(distributed.count()),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
     }

@@ -17,7 +17,7 @@ from jxfer.known import resolve
 from jxfer.loop import Session
 from jxfer.phase import EVAL_BATCH_SIZE, Context, Splits, store_features
 from jxfer.plan import PlannedPhase, phase_steps, plan_phases, start_phase
-from jxfer.sharding import make_mesh, num_batch_shards, pad_batch, put_batch
+from jxfer.sharding import make_mesh, num_batch_shards, share_of
 from jxfer.source import read_source
 from jxfer.state import place_state
 from jxfer.task import Task, base_model, load_data, target_model, task_of
@@ -119,7 +119,8 @@ def _outputs(context: Context, planned: PlannedPhase, model: nnx.Module, splits:
     splits, _ = store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
     multiple = num_batch_shards(mesh) * experiment.train.num_microbatches
-    batches = data.batches(splits.train, batch_size=experiment.train.batch_size, seed=0)
+    share = share_of(mesh, experiment.train.batch_size, multiple=multiple)
+    batches = data.batches(splits.train, batch_size=experiment.train.batch_size, seed=0, rows=share.rows)
     for batch in itertools.islice(batches, NUM_STEPS):
-        state, _ = train_step(state, fixed, put_batch(pad_batch(batch, multiple=multiple), mesh))
+        state, _ = train_step(state, fixed, share.put(batch))
     return evaluate(eval_step, state, fixed, splits.validation, batch_size=EVAL_BATCH_SIZE, mesh=mesh)[1]

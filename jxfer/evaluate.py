@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jxfer import distributed
 from jxfer.data import Split, eval_batches
 from jxfer.objectives import means
-from jxfer.sharding import num_batch_shards, pad_batch, put_batch
+from jxfer.sharding import share_of
 from jxfer.state import Fixed
 from jxfer.step import EvalStep
 
@@ -25,16 +26,24 @@ def evaluate(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Returns the mean metrics, in float64, and the outputs [N K] float32 in the order of the split's examples.
 
-    Of a `Population` as `state`, with its own step, these are metrics [V] and outputs [N V K].
+    Of a `Population` as `state`, with its own step, these are metrics [V] and outputs [N V K]. All processes get all.
     """
-    pending: list[tuple[np.ndarray, Any]] = []
+    pending: list[Any] = []
     fetched = []
-    for rows in eval_batches(split, batch_size=batch_size):
-        batch = pad_batch(rows, multiple=num_batch_shards(mesh))
-        pending.append((batch["mask"], eval_step(state, fixed, put_batch(batch, mesh))))
+    share = share_of(mesh, batch_size)
+    for batch in eval_batches(split, batch_size=batch_size, rows=share.rows):
+        pending.append(distributed.everywhere(eval_step(state, fixed, share.put(batch))))
         # Fetched a little late, so that the device need not wait for the host and holds few batches at a time.
         if len(pending) > BATCHES_AHEAD:
             fetched.append(jax.device_get(pending.pop(0)))
     fetched += jax.device_get(pending)
-    outputs = np.concatenate([np.asarray(outputs, np.float32)[mask > 0] for mask, (_, outputs) in fetched])
-    return means([sums for _, (sums, _) in fetched]), outputs
+    outputs = np.concatenate([np.asarray(outputs, np.float32)[:batch_size] for _, outputs in fetched])[: len(split)]
+    return _of_main(means([sums for sums, _ in fetched])), outputs
+
+
+def _of_main(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Returns process 0's metrics: in their last bits those of others may differ, and what follows must not."""
+    if distributed.count() == 1:
+        return metrics
+    lists = distributed.on_main(lambda: {name: np.asarray(value).tolist() for name, value in metrics.items()})
+    return {name: np.asarray(value) if isinstance(value, list) else value for name, value in lists.items()}

@@ -5,21 +5,22 @@ import functools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
+from jxfer import distributed
 from jxfer.chunks import Layout
 from jxfer.cost import flops_of_step
 from jxfer.data import Split
 from jxfer.loop import Session
 from jxfer.models.stages import pack, run_stages
-from jxfer.sharding import num_batch_shards, pad_batch, put_batch
+from jxfer.sharding import Share, share_of
 from jxfer.state import Fixed, TrainState, merge_state
 from jxfer.step import Prepare
-from jxfer.store import Store, make_room, writing
+from jxfer.store import Store, is_writer, make_room, writing
 from jxfer.typing import INPUTS, Batch, HostBatch, InterruptedRun
 
 FeatureStep = jax.stages.Wrapped
@@ -57,20 +58,27 @@ class Prefix:
     mesh: jax.sharding.Mesh
     batch_size: int
 
-    def __call__(self, rows: HostBatch) -> dict[str, jax.Array]:
-        """Returns the activations of a batch; the rows that filled it up are still there."""
-        return self.feature_step(self.state, self.fixed, self._on_devices(rows))
+    @functools.cached_property
+    def share(self) -> Share:
+        """Which rows of a batch this process reads."""
+        return share_of(self.mesh, self.batch_size)
+
+    def __call__(self, batch: HostBatch) -> dict[str, jax.Array]:
+        """Returns the activations of a batch, of which this process gives its share; all processes get them whole.
+
+        The rows that filled it up are still there.
+        """
+        return distributed.everywhere(self.feature_step(self.state, self.fixed, self._on_devices(batch)))
 
     def describe(self, split: Split) -> tuple[Layout, float]:
         """Returns the layout of a row, and the floating-point operations that one takes."""
-        batch = self._on_devices(split.read(np.zeros(self.batch_size, np.int64)))
+        batch = self._on_devices(split.read(np.zeros(len(self.share.rows), np.int64)))
         arrays = jax.eval_shape(self.feature_step, self.state, self.fixed, batch)
-        num_rows = len(jax.tree.leaves(batch)[0])
-        return Layout.of(arrays), flops_of_step(self.feature_step, self.state, self.fixed, batch) / num_rows
+        flops = flops_of_step(self.feature_step, self.state, self.fixed, batch)
+        return Layout.of(arrays), flops / self.share.num_rows
 
-    def _on_devices(self, rows: HostBatch) -> Batch:
-        inputs = {name: value for name, value in rows.items() if name != "label"}
-        return put_batch(pad_batch(inputs, multiple=num_batch_shards(self.mesh)), self.mesh)
+    def _on_devices(self, batch: HostBatch) -> Batch:
+        return self.share.put({name: value for name, value in batch.items() if name not in ("label", "mask")})
 
 
 def compute_rows(
@@ -78,27 +86,37 @@ def compute_rows(
 ) -> None:
     """Computes the rows of some examples of a split and stores them under the examples' ids.
 
+    All processes must call it with the same examples. Of those that share a cache, one writes.
+
     Raises:
       InputError: they do not fit the limit of what is stored, the disk is full, or an example cannot be read.
       InterruptedRun: once the session should stop; what is done is stored.
     """
-    with writing():
-        make_room(len(indices) * store.layout.row_bytes)
+    writes = is_writer()
+    if writes:
+        with writing():
+            make_room(len(indices) * store.layout.row_bytes)
     ids, done = split.ids[np.asarray(indices)].tolist(), 0
     kept: list[dict[str, np.ndarray]] = []
     since = time.monotonic()
-    for rows in _fetched(prefix, _read_ahead(split, _batches(indices, prefix.batch_size)), len(indices)):
+    parts = map(prefix.share.take, _batches(indices, prefix.batch_size))
+    for rows in _fetched(prefix, _read_ahead(split, parts), len(indices)):
         kept.append(rows)
         num_kept = sum(len(next(iter(each.values()))) for each in kept)
         stop = session.should_stop()
         late = num_kept * store.layout.row_bytes >= CHUNK_BYTES or time.monotonic() - since >= CHUNK_SECS
         if late or stop or done + num_kept == len(ids):
-            with writing():
-                store.add(ids[done : done + num_kept], {name: np.concatenate([r[name] for r in kept]) for name in rows})
+            if writes:
+                arrays = {name: np.concatenate([r[name] for r in kept]) for name in rows}
+                with writing():
+                    store.add(ids[done : done + num_kept], arrays)
             kept, done, since = [], done + num_kept, time.monotonic()
         session.progress(title, done + sum(len(next(iter(each.values()))) for each in kept), len(ids))
         if stop and done < len(ids):
             raise InterruptedRun(f"stopped after storing features of {done} of {len(ids)} examples")
+    distributed.barrier()
+    if not writes:
+        store.refresh()
 
 
 def _batches(indices: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
@@ -120,14 +138,12 @@ def _read_ahead(split: Split, batches: Iterator[np.ndarray]) -> Iterator[HostBat
             yield pending.popleft().result()
 
 
-def _fetched(
-    prefix: Callable[[HostBatch], dict[str, jax.Array]], batches: Iterator[HostBatch], num_rows: int
-) -> Iterator[dict[str, np.ndarray]]:
+def _fetched(prefix: Prefix, batches: Iterator[HostBatch], num_rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Yields the activations of the batches, fetched a little late, so that the device need not wait for the host."""
     pending: deque = deque()
     left = num_rows
     for batch in batches:
-        size = min(left, len(batch["label"]))
+        size = min(left, prefix.batch_size)
         left -= size
         pending.append((size, prefix(batch)))
         if len(pending) > _BATCHES_AHEAD:

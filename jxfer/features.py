@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jxfer import data, models
+from jxfer import data, distributed, models
 from jxfer.claims import Holder
 from jxfer.config import PREPROCESSING, Experiment, to_dict
 from jxfer.data import VIEW_SEED, ArraySplit, Dataset, Joined, Prepare, PrepareViews, Split, Subset, Views
@@ -143,17 +143,17 @@ class Extractor:
         in_memory = len(names) * store.layout.row_bytes <= MEMORY_BYTES
         title = f"{self.title} · features before {self.boundary}"
         for _ in range(_TRIES):
-            if store.lacks(names):
+            if _of_all(store.lacks(names)):
                 with self._alone(store, title):
                     store.refresh()
-                    if lacking := store.lacks(names):
+                    if lacking := _of_all(store.lacks(names)):
                         compute_rows(prefix, store, source, lacking, session=self.session, title=title)
                         computed += len(lacking)
-            if not in_memory and not store.check(names):
+            if not in_memory and not any(distributed.gather(store.check(names))):
                 return StoredSplit(source.ids, source.labels, store, names), store.row_flops, computed
             if in_memory:
                 arrays, damaged = store.read(names)
-                if not damaged:
+                if not any(distributed.gather(len(damaged))):
                     return ArraySplit(source.ids, source.labels, arrays), store.row_flops, computed
         raise InputError("features are damaged each time they are written; set JXFER_CACHE to a folder on another disk")
 
@@ -214,6 +214,14 @@ def prefix_hash(state: TrainState, fixed: Fixed, boundary: str) -> str:
     lines = [f"{path} {digest}" for path, digest in sorted(fingerprint(used).items())]
     lines += [f"tap {name}" for name, _ in getattr(model, "taps", ())]  # its features are of several stages
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _of_all(indices: list[int]) -> list[int]:
+    """Returns the indices that any process has: their caches may differ, and all compute together."""
+    digest = hashlib.sha256(np.asarray(indices, np.int64).tobytes()).hexdigest()
+    if len(set(distributed.gather(digest))) == 1:
+        return indices
+    return sorted(set().union(*distributed.gather(indices)))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jxfer import distributed
 from jxfer.typing import InputError
 
 Row = dict[str, Any]
@@ -18,6 +19,8 @@ LogRow = Callable[[Row], None]
 def open_logs(directory: Path, *, name: str, config: Any, wandb: bool) -> Iterator[LogRow]:
     """Opens the logs of a run and yields the function that writes one row to all of them.
 
+    Of several processes, process 0 alone writes.
+
     Args:
       directory: of the run; `metrics.jsonl` continues what is there.
       name: of the run, for Weights & Biases.
@@ -27,6 +30,9 @@ def open_logs(directory: Path, *, name: str, config: Any, wandb: bool) -> Iterat
     Raises:
       InputError: Weights & Biases is asked for and not installed.
     """
+    if not distributed.is_main():
+        yield lambda row: None
+        return
     with contextlib.ExitStack() as stack:
         sinks = [_jsonl(directory, stack), _tensorboard(directory, stack)]
         if wandb:
@@ -42,7 +48,7 @@ def open_logs(directory: Path, *, name: str, config: Any, wandb: bool) -> Iterat
 def rewind(directory: Path, *, keep: Callable[[Row], bool]) -> None:
     """Drops the rows of `metrics.jsonl` that a resumed run is about to write again, and a torn last line."""
     path = directory / "metrics.jsonl"
-    if not path.exists():
+    if not distributed.is_main() or not path.exists():
         return
     kept = [row for row in map(_parse, path.read_text().splitlines()) if row is not None and keep(row)]
     temporary = path.with_suffix(".tmp")

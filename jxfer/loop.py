@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jxfer import distributed
 from jxfer.state import Fixed
 from jxfer.step import TrainStep
 from jxfer.typing import Batch, InterruptedRun, Metrics, NonFiniteError
@@ -136,7 +137,7 @@ class _Windows:
     def _hand_out(self) -> None:
         if not self._full:
             return
-        rows = jax.device_get(self._full)
+        rows = distributed.fetch(self._full)
         self._full = []
         for step, metrics in rows:
             self._check(step, metrics)

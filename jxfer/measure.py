@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jxfer import checkpoint, config, data
+from jxfer import checkpoint, config, data, distributed
 from jxfer.config import DataConfig, Experiment
 from jxfer.features import total
 from jxfer.partition import FROZEN, Partition, arrays_of, fingerprint
@@ -47,15 +47,16 @@ def measure(
     metrics, outputs = evaluate_model(job.experiment, num_classes, chosen.model, drawn.test)
     _, validation = evaluate_model(job.experiment, num_classes, chosen.model, drawn.validation)
     guard()
-    np.savez(
-        directory / "predictions.npz",
-        ids=drawn.test.ids,
-        labels=drawn.test.labels,
-        logits=outputs,
-        validation_ids=drawn.validation.ids,
-        validation_labels=drawn.validation.labels,
-        validation_logits=validation,
-    )
+    if distributed.is_main():
+        np.savez(
+            directory / "predictions.npz",
+            ids=drawn.test.ids,
+            labels=drawn.test.labels,
+            logits=outputs,
+            validation_ids=drawn.validation.ids,
+            validation_labels=drawn.validation.labels,
+            validation_logits=validation,
+        )
     arrays = {path: value for path, value in arrays_of(chosen.model).items() if not _is_key(value)}
     sample_rate = load_data(job.experiment.target).sample_rate or job.experiment.target.sample_rate
     metadata = {
@@ -67,8 +68,8 @@ def measure(
     }
     if job.experiment.save == "delta" and source is not None:
         metadata |= {"paths": list(arrays), "base": base_record(job.experiment, source, directory)}
-        arrays = delta(arrays, source)
-    if task.input == "text":
+        arrays = delta(distributed.fetch(arrays), source)
+    if task.input == "text" and distributed.is_main():
         (directory / "tokenizer.json").write_text(data.tokenizer_json(job.experiment.target))
     checkpoint.save_arrays(directory / "checkpoints" / "final", arrays, metadata=metadata)
     return {

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jxfer import paths
+from jxfer import distributed, paths
 from jxfer.config import Group
 from jxfer.models.stages import stage_of
 from jxfer.typing import Arrays, InputError, Path, PyTree, Rules
@@ -285,7 +285,10 @@ def frozen_boundary(partition: Partition, stages: Sequence[str]) -> str | None:
 
 
 def fingerprint(arrays: Mapping[Path, Any]) -> dict[Path, str]:
-    """Returns a hash of the bits of each array; equal exactly where dtype, shape and every bit are."""
+    """Returns a hash of the bits of each array; equal exactly where dtype, shape and every bit are.
+
+    It does not depend on where the array lies; where that is in several processes, all of them must call this.
+    """
     return {path: _digest(value) for path, value in arrays.items()}
 
 
@@ -377,14 +380,5 @@ def _digest(value: Any) -> str:
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     digest = hashlib.blake2b(f"{value.dtype}{value.shape}".encode(), digest_size=16)
-    for data in _whole_shards(value):
-        digest.update(np.ascontiguousarray(data).data)
+    digest.update(np.ascontiguousarray(distributed.fetch(value)).data)
     return digest.hexdigest()
-
-
-def _whole_shards(value: Any) -> Iterable[np.ndarray]:
-    """Yields the array or, where other processes hold a part, one replica of each shard that this one holds."""
-    if not isinstance(value, jax.Array) or value.is_fully_addressable:
-        return [np.asarray(value)]
-    shards = [shard for shard in value.addressable_shards if shard.replica_id == 0]
-    return [np.asarray(s.data) for s in sorted(shards, key=lambda s: [(part.start or 0) for part in s.index])]

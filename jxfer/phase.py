@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from jxfer.loop import Hook, Session, Window, check_finite, train
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Audit, Partition, fingerprint
 from jxfer.plan import PlannedPhase, cost_of_phase, phase_steps, prepare_images, start_phase
-from jxfer.sharding import make_mesh, num_batch_shards, pad_batch, put_batch
+from jxfer.sharding import make_mesh, num_batch_shards, share_of, spanning
 from jxfer.state import Fixed, TrainState, init_state, place_state
 from jxfer.step import EvalStep, make_eval_step
 from jxfer.task import load_data
-from jxfer.typing import Arrays, AuditError, Batch, HostBatch, InputError
+from jxfer.typing import Arrays, AuditError, Batch, InputError
 
 EVAL_BATCH_SIZE = 256
 FEATURE_BATCH_SIZE = 64
@@ -38,9 +38,6 @@ fifth longer per image in batches of 256."""
 
 _NO_OPTIMIZER = optax.identity()
 """One for all, since a program is compiled anew for what is not the same transform."""
-
-Put = Callable[[HostBatch, jax.sharding.Mesh], Batch]
-"""Puts a batch onto the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +237,7 @@ class _Keeper:
 
     def resume(self, state: TrainState) -> TrainState:
         """Returns the newest saved state, with the best so far remembered, or the given one where nothing is saved."""
-        if not self._directory.exists() or (newest := self._checkpoints.latest()) is None:
+        if (newest := self._checkpoints.latest()) is None:
             return state
         resumed, extra = self._checkpoints.restore(state, step=newest)
         if extra["best_step"]:
@@ -276,10 +273,12 @@ def evaluate_model(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Evaluates a whole model on the inputs of a split, however it was trained; returns metrics and outputs [N K]."""
     partition = Partition.of(model, [("**", FROZEN)])
+    mesh = make_mesh(experiment.mesh)
     state, fixed = init_state(model, partition, _NO_OPTIMIZER)
+    state, fixed = spanning((state, fixed), mesh)
     prepare = prepare_images(experiment, num_classes, train=False)
     eval_step = make_eval_step(classification(), prepare=prepare)
-    return evaluate(eval_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=make_mesh(experiment.mesh))
+    return evaluate(eval_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=mesh)
 
 
 def checkpoint_folder(directory: Path, variant: str, index: int) -> Path:
@@ -298,15 +297,19 @@ def all_arrays(state: TrainState, fixed: Fixed) -> Arrays:
 
 
 def device_batches(
-    context: Context, planned: PlannedPhase, split: Split, index: int, *, start: int, put: Put = put_batch
+    context: Context, planned: PlannedPhase, split: Split, index: int, *, start: int, whole: bool = False
 ) -> Iterator[Batch]:
-    """Yields the batches of a phase from step `start` on, placed by `put`; the same for all variants of a run."""
+    """Yields the batches of a phase from step `start` on, the same for all variants of a run.
+
+    `whole`: each device gets the whole batch, not its part.
+    """
     train_config = context.experiment.train
     multiple = num_batch_shards(context.mesh) * train_config.num_microbatches
     _check_padding(train_config.batch_size, multiple, planned)
     seed = int.from_bytes(hashlib.blake2b(f"{context.seed}/{index}".encode(), digest_size=4).digest())
-    for batch in data.batches(split, batch_size=train_config.batch_size, seed=seed, start=start):
-        yield put(pad_batch(batch, multiple=multiple), context.mesh)
+    share = share_of(context.mesh, train_config.batch_size, multiple=multiple, whole=whole)
+    for batch in data.batches(split, batch_size=train_config.batch_size, seed=seed, start=start, rows=share.rows):
+        yield share.put(batch)
 
 
 def _check_padding(batch_size: int, multiple: int, planned: PlannedPhase) -> None:

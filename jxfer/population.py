@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jxfer.checkpoint import Checkpoints
+from jxfer import distributed
+from jxfer.checkpoint import Checkpoints, newest_step
 from jxfer.cost import Cost, cost_of
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
@@ -32,10 +32,9 @@ from jxfer.phase import (
     store_features,
 )
 from jxfer.plan import POPULATION, PlannedPhase, phase_steps, start_population
-from jxfer.sharding import put_batch
 from jxfer.state import Fixed, Population, member, place_population
 from jxfer.step import EvalStep
-from jxfer.typing import Arrays, AuditError, Batch, HostBatch, NonFiniteError
+from jxfer.typing import Arrays, AuditError, NonFiniteError
 from jxfer.variants import Variant
 
 _MEMBERS = "variants.json"
@@ -70,12 +69,10 @@ def run_population(
     """
     context, num_variants = contexts[0], len(contexts)
     population, fixed, spread = _start(contexts, planned, models, index)
-    frozen, start = fingerprint({**fixed.params, **fixed.variables}), jax.device_get(population.state.params)
+    frozen, start = fingerprint({**fixed.params, **fixed.variables}), distributed.fetch(population.state.params)
     splits, features = store_features(context, planned, member(population, 0), fixed, splits)
     train_step, eval_step = phase_steps(context.experiment, context.method, planned, context.num_classes, POPULATION)
-    batches = functools.partial(
-        device_batches, context, planned, splits.train, index, put=_put_whole if spread else put_batch
-    )
+    batches = functools.partial(device_batches, context, planned, splits.train, index, whole=spread)
     together = cost_of(train_step, population, fixed, next(batches(start=0)))
     with _Keeper(contexts, planned, population, fixed, eval_step, splits.validation, index) as keeper:
         population = keeper.resume(population)
@@ -120,7 +117,7 @@ def newest_checkpoint(directory: Path, *, variant: str, index: int) -> int:
     """Returns the step from which a variant's phase will resume, alone or in its population; 0 where none is saved."""
     populations = [file.parent.name for file in (directory / "checkpoints").glob(f"*/{_MEMBERS}")]
     names = [name for name in populations if variant in json.loads(_members_file(directory, name).read_text())]
-    return max(_newest(checkpoint_folder(directory, name, index)) for name in (variant, *names))
+    return max(newest_step(checkpoint_folder(directory, name, index)) or 0 for name in (variant, *names))
 
 
 class _Keeper:
@@ -201,7 +198,7 @@ class _Keeper:
         if step == self._saved_step:
             return
         self._saved_step = step
-        self._write_members()
+        distributed.on_main(self._write_members)
         failures = {str(variant): str(error) for variant, error in self.failures.items()}
         extra = {"best_steps": self.best_steps, "best_metrics": self.best_metrics, "failures": failures}
         guard = self._contexts[0].session.guard
@@ -209,7 +206,7 @@ class _Keeper:
 
     def resume(self, population: Population) -> Population:
         """Returns the newest saved population, with the best so far remembered, or the given one."""
-        if not self._directory.exists() or (newest := self._checkpoints.latest()) is None:
+        if (newest := self._checkpoints.latest()) is None:
             return population
         saved, extra = self._checkpoints.restore(self._saved(population), step=newest)
         self.best_steps, self.best_metrics = extra["best_steps"], extra["best_metrics"]
@@ -266,10 +263,6 @@ def _start(
     return population, fixed, spread
 
 
-def _put_whole(batch: HostBatch, mesh: jax.sharding.Mesh) -> Batch:
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec()))
-
-
 @jax.jit
 def _choose(better: jax.Array, new: Arrays, old: Arrays) -> Arrays:
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -287,7 +280,7 @@ def _audit(
     left: Sequence[int],
 ) -> Audit:
     """Compares the frozen part bit by bit, and each trainable leaf in every variant that is left."""
-    end = jax.device_get(population.state.params)
+    end = distributed.fetch(population.state.params)
     moved = {path: all(np.any(start[path][variant] != end[path][variant]) for variant in left) for path in start}
     partition = planned.partition
     digests = {leaf.path: "" for leaf in partition.leaves if leaf.moves}
@@ -307,10 +300,3 @@ def _population_name(variants: Sequence[str]) -> str:
 
 def _members_file(directory: Path, population: str) -> Path:
     return directory / "checkpoints" / population / _MEMBERS
-
-
-def _newest(folder: Path) -> int:
-    if not folder.exists():
-        return 0
-    with Checkpoints(folder) as checkpoints:
-        return checkpoints.latest() or 0

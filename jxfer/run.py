@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jxfer import config, data
+from jxfer import config, data, distributed
 from jxfer.loop import Session
 from jxfer.measure import COSTS, costs, measure
 from jxfer.phase import rank
@@ -45,7 +45,7 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
         "subset_hash": drawn.subset_hash,
         "weights_hash": source.weights_hash if source else None,
     }
-    _record(job, task, hashes, directory)
+    distributed.on_main(lambda: _record(job, task, hashes, directory))
     try:
         outcomes, tried = train_variants(job, task, drawn, directory, session, source)
         chosen = max(outcomes, key=lambda outcome: rank(outcome.validation_metrics))
@@ -65,7 +65,8 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
         **hashes,
     }
     session.guard()
-    config.save(row, directory / "result.json")
+    if distributed.is_main():
+        config.save(row, directory / "result.json")
     return row
 
 

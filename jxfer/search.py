@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from jxfer import config, logs
+from jxfer import config, distributed, logs
 from jxfer.config import Experiment, Method, ModelConfig
 from jxfer.data import Drawn
 from jxfer.loop import Session
@@ -85,7 +85,8 @@ def train_variants(
         candidates = _start_models(contexts, searched, task, source)
         phases = plan_phases(job.experiment, job.method, candidates[0].model)
         tables = [f"{planned.phase.name}, {planned.num_steps} steps\n{planned.partition}" for planned in phases]
-        (directory / "partition.txt").write_text("\n\n".join(tables) + "\n")
+        if distributed.is_main():
+            (directory / "partition.txt").write_text("\n\n".join(tables) + "\n")
         populations = []
         for index, planned in enumerate(phases):
             population = plan_population(job.experiment, searched, planned, candidates[0].model, task)

@@ -9,6 +9,7 @@ from types import FrameType
 
 import jax
 
+from jxfer import distributed, peers
 from jxfer.data.prepare import cache_dir
 from jxfer.loop import Session
 from jxfer.progress import progress
@@ -29,13 +30,20 @@ def prepare_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if distributed.count() > 1:
+        jax.devices()  # which all processes must ask for at once: the first would soon give up waiting for the others
 
 
 @contextlib.contextmanager
 def open_session() -> Iterator[Session]:
-    """Lends a session that shows progress on stderr and stops on SIGTERM and SIGINT."""
-    with stop_signals() as should_stop, progress() as tracker:
-        yield Session(progress=tracker, should_stop=should_stop, note=_note)
+    """Lends a session that shows progress on stderr and stops on SIGTERM and SIGINT; several processes stop as one."""
+    with stop_signals() as wants_stop:
+        should_stop = peers.agreed(wants_stop)
+        if not distributed.is_main():
+            yield Session(progress=lambda what, done, total: None, should_stop=should_stop)
+            return
+        with progress() as tracker:
+            yield Session(progress=tracker, should_stop=should_stop, note=_note)
 
 
 def _note(text: str) -> None:

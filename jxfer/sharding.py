@@ -1,13 +1,16 @@
 """The device mesh, and where on it each array lives: parameters by rules, what follows them, and batches."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from jxfer import distributed
 from jxfer.config import MeshConfig
 from jxfer.paths import match_rules
 from jxfer.typing import Batch, HostBatch, InputError, Path, PyTree, Rules
@@ -69,7 +72,20 @@ def state_shardings(state: PyTree, specs: Mapping[Path, NamedSharding], mesh: Me
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """Returns a copy of `tree` placed as `shardings` says; donating the copy leaves `tree` alive."""
+    if distributed.count() > 1:
+        return jax.tree.map(jnp.copy, put(tree, shardings))
     return jax.device_put(jax.tree.map(_copy, tree), shardings)
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns the tree placed as `shardings`, a tree or a prefix of one, says.
+
+    What every process holds for itself, such as weights that all of them have read, must be equal in all.
+    """
+    if distributed.count() == 1:
+        return jax.device_put(tree, shardings)
+    every = jax.tree.map(lambda sharding, part: jax.tree.map(lambda _: sharding, part), shardings, tree)
+    return jax.tree.map(_put, tree, every)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -80,6 +96,64 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def num_batch_shards(mesh: Mesh) -> int:
     """Returns into how many parts a batch is split; the number of its rows must be a multiple."""
     return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def spanning(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns the tree ready for a program over the mesh: what each process holds for itself, as in `put`, replicated.
+
+    With one process there is nothing to do: jit moves what it is given.
+    """
+    if distributed.count() == 1:
+        return tree
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda leaf: _put(leaf, whole) if leaf.is_fully_addressable else leaf, tree)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Share:
+    """Which rows of every batch this process reads, and how those of all processes become one batch on the mesh."""
+
+    sharding: NamedSharding
+    num_rows: int
+    """Of a batch over all processes, those that fill it up included."""
+    rows: np.ndarray
+    """The positions, in order, that this process's devices hold; others may hold some of them too."""
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Returns this process's part of the indices of a batch, filled up with the first of them."""
+        return indices[np.where(self.rows < len(indices), self.rows, 0)]
+
+    def put(self, batch: HostBatch) -> Batch:
+        """Returns the batch on the devices, made of this process's rows here and of the others' there."""
+        if distributed.count() == 1:
+            return jax.device_put(batch, self.sharding)
+        return {name: self._array(values) for name, values in batch.items()}
+
+    def _array(self, values: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self.num_rows)
+            first = int(np.searchsorted(self.rows, start))
+            return values[first : first + stop - start]
+
+        return jax.make_array_from_callback((self.num_rows, *values.shape[1:]), self.sharding, part)
+
+
+def share_of(mesh: Mesh, batch_size: int, *, multiple: int | None = None, whole: bool = False) -> Share:
+    """Returns this process's share of batches of `batch_size` rows, filled up to a multiple of the batch's shards.
+
+    It follows from where the mesh has this process's devices: processes that only `model` tells apart read the same.
+
+    Args:
+      mesh: of all processes.
+      batch_size: over all processes.
+      multiple: of which the filled batch is, instead of the number of shards.
+      whole: whether every device gets the whole batch.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec()) if whole else batch_sharding(mesh)
+    num_rows = batch_size + -batch_size % (multiple or num_batch_shards(mesh))
+    held: Any = sharding.addressable_devices_indices_map((num_rows,)).values()
+    rows = np.unique(np.concatenate([np.arange(*index[0].indices(num_rows)) for index in held]))
+    return Share(sharding, num_rows, rows)
 
 
 def pad_batch(batch: HostBatch, *, multiple: int) -> HostBatch:
@@ -152,6 +226,21 @@ def _shortest(sharding: NamedSharding) -> NamedSharding:
     while axes and axes[-1] is None:
         axes.pop()
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def _put(leaf: Any, sharding: Sharding) -> jax.Array:
+    """Places a leaf on devices of several processes, which `jax.device_put` does for what spans them already."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    values = np.asarray(leaf)
+
+    def part(index: Any) -> np.ndarray:
+        return values[index]
+
+    return jax.make_array_from_callback(values.shape, sharding, part)
 
 
 def _copy(leaf: Any) -> Any:

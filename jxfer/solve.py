@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jxfer import data
+from jxfer import data, distributed
 from jxfer.config import Method
 from jxfer.cost import Cost
 from jxfer.data import ArraySplit, Split
@@ -29,6 +29,7 @@ from jxfer.phase import (
     store_features,
 )
 from jxfer.plan import PlannedPhase, phase_steps, prepare_images, start_phase
+from jxfer.sharding import put
 from jxfer.solvers.heads import Heads
 from jxfer.solvers.logistic import LogisticPath
 from jxfer.state import Fixed, TrainState, place_state
@@ -58,10 +59,13 @@ def solve_phase(context: Context, planned: PlannedPhase, model: Any, splits: Spl
     splits, took, feature_flops = _features(context, planned, state, fixed, splits)
     train, validation = (_arrays(split) for split in (splits.train, splits.validation))
     heads = planned.phase.solver.fit(*train, context.num_classes)
-    path = _measure(heads, *validation)
+    measured = _measure(heads, *validation)
+    # All processes solve, and what the first one found counts: in its last bits another's may differ.
+    path = tuple(distributed.on_main(lambda: measured))
     best = _choose(context, planned, heads, path)
     stages, stage_flops = _probe_stages(getattr(model, "taps", ()), train, validation, context.num_classes)
-    state = _with_head(state, {f"head/{name}": value for name, value in heads.arrays(best).items()})
+    head = distributed.same(heads.arrays(best))
+    state = _with_head(state, {f"head/{name}": value for name, value in head.items()})
     _, eval_step = phase_steps(experiment, context.method, planned, context.num_classes)
     metrics, outputs = evaluate(
         eval_step, state, fixed, splits.validation, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh
@@ -113,10 +117,9 @@ def _features(
 
 def _compute(prefix: Prefix, split: Split) -> ArraySplit:
     rows = []
-    for batch in data.eval_batches(split, batch_size=prefix.batch_size):
-        kept = np.flatnonzero(batch["mask"])
-        rows.append(np.asarray(prefix(batch)[FEATURES])[kept])
-    return ArraySplit(split.ids, split.labels, {FEATURES: np.concatenate(rows)})
+    for batch in data.eval_batches(split, batch_size=prefix.batch_size, rows=prefix.share.rows):
+        rows.append(np.asarray(prefix(batch)[FEATURES])[: prefix.batch_size])
+    return ArraySplit(split.ids, split.labels, {FEATURES: np.concatenate(rows)[: len(split)]})
 
 
 def _arrays(split: Split) -> tuple[jax.Array, jax.Array]:
@@ -178,9 +181,7 @@ def _with_head(state: TrainState, head: dict[str, Any]) -> TrainState:
     known = {**state.params, **state.variables}
     if head.keys() != {path for path in known if path in head} or not set(state.params) <= set(head):
         raise InputError(f"the solver finds {', '.join(head)}, the head has {', '.join(known)}; choose another surgery")
-    placed = {
-        path: jax.device_put(value.astype(known[path].dtype), known[path].sharding) for path, value in head.items()
-    }
+    placed = {path: put(value.astype(known[path].dtype), known[path].sharding) for path, value in head.items()}
     for path, value in placed.items():
         if value.shape != known[path].shape:
             raise InputError(f"the solver's `{path}` is {value.shape}, the head's {known[path].shape}; see the surgery")

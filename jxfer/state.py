@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jxfer.config import MeshConfig
 from jxfer.partition import Partition, arrays_of, eval_graphdef
-from jxfer.sharding import param_specs, place, state_shardings
+from jxfer.sharding import param_specs, place, put, state_shardings
 from jxfer.typing import Arrays, PyTree
 
 STACKED = ("params", "variables", "opt_state", "ema")
@@ -118,7 +118,7 @@ def place_state(
     specs = param_specs(params, config.trainable, mesh)
     shardings = state_shardings(state, specs, mesh)
     placed = _place_fixed(fixed, params, mesh, config, shardings)
-    reference = jax.device_put(fixed.reference, state_shardings(fixed.reference, specs, mesh))
+    reference = put(fixed.reference, state_shardings(fixed.reference, specs, mesh))
     return place(state, shardings), dataclasses.replace(placed, reference=reference)
 
 
@@ -142,7 +142,7 @@ def place_population(
     shardings = Population(state, axis)
     params = {**population.state.params, **fixed.params}
     placed = _place_fixed(fixed, params, mesh, config, shardings)
-    numbers, reference = (jax.device_put(tree, axis) for tree in (fixed.numbers, fixed.reference))
+    numbers, reference = (put(tree, axis) for tree in (fixed.numbers, fixed.reference))
     return place(population, shardings), dataclasses.replace(placed, numbers=numbers, reference=reference)
 
 
@@ -211,8 +211,8 @@ def _place_fixed(fixed: Fixed, params: Arrays, mesh: jax.sharding.Mesh, config: 
     leaves = tuple(jax.tree.leaves(shardings))
     return dataclasses.replace(
         fixed,
-        params=jax.device_put(fixed.params, state_shardings(fixed.params, specs, mesh)),
-        variables=jax.device_put(fixed.variables, state_shardings(fixed.variables, {}, mesh)),
+        params=put(fixed.params, state_shardings(fixed.params, specs, mesh)),
+        variables=put(fixed.variables, state_shardings(fixed.variables, {}, mesh)),
         definition=_define(old.partition, old.train_graphdef, old.eval_graphdef, old.tx, leaves),
     )
 

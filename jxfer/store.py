@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import uuid
 import weakref
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jxfer import claims
+from jxfer import claims, distributed
 from jxfer.chunks import SUFFIX, UNFINISHED, Chunk, Layout, open_chunk, write_chunk
 from jxfer.claims import Claim, Holder
 from jxfer.config import config_hash
@@ -28,7 +29,7 @@ DEFAULT_LIMIT_GB = 20.0
 Fields = Mapping[str, Any]
 """What rows depend on, by name: values that JSON has."""
 
-_RECORD, _LOCK = "key.json", ".lock"
+_RECORD, _LOCK, _IDENTITY = "key.json", ".lock", ".identity"
 _CHECK_ROWS = 8192
 
 
@@ -135,7 +136,7 @@ def root() -> Path:
 def open_store(
     fields: Fields, describe: Callable[[], tuple[Layout, float]], *, note: Callable[[str], None] = lambda text: None
 ) -> Store:
-    """Opens the rows of a key, which it makes where they are none yet.
+    """Opens the rows of a key, which it makes where they are none yet; all processes must call it.
 
     Args:
       fields: all that the rows depend on; the key is their hash.
@@ -147,7 +148,7 @@ def open_store(
     """
     directory = root() / config_hash(fields)
     known = _known(directory)
-    if not known.fields:
+    if any(distributed.gather(not known.fields)):
         note_difference(fields, note)
         layout, row_flops = describe()
         known = dataclasses.replace(known, layout=layout, row_flops=row_flops)
@@ -161,6 +162,15 @@ def open_store(
             _write_record(directory, fields, known.layout, known.row_flops)
         os.utime(directory / _LOCK)
     return Store(directory, lock, known.layout, known.row_flops, note)
+
+
+def is_writer() -> bool:
+    """Tells whether this process writes for those that share its cache: their first does; all must call it."""
+    if distributed.count() == 1:
+        return True
+    with writing():
+        identities = distributed.gather(_identity())
+    return identities.index(identities[distributed.index()]) == distributed.index()
 
 
 def note_difference(fields: Fields, note: Callable[[str], None]) -> None:
@@ -256,6 +266,23 @@ def _alone() -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _identity() -> str:
+    """Returns what processes that share a cache have in common: what a file holds that the first of them makes."""
+    root().mkdir(parents=True, exist_ok=True)
+    file, temporary = root() / _IDENTITY, root() / f"{uuid.uuid4().hex}{UNFINISHED}"
+    if not file.exists():
+        temporary.write_text(uuid.uuid4().hex)
+        try:
+            os.link(temporary, file)  # atomic, also over a network, where a rename would replace another's
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links; then each machine counts as having its own
+            return platform.node()
+        finally:
+            temporary.unlink()
+    return file.read_text()
 
 
 class _Held:

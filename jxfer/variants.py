@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jxfer import distributed
 from jxfer.config import Experiment, Method, SearchConfig, TrainConfig
 from jxfer.partition import Partition
 from jxfer.typing import InputError
@@ -120,7 +121,8 @@ def device_memory() -> int | None:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
-    return None if limit is None else int(limit * MEMORY_SHARE)
+    # Machines may differ a little, and all processes must split a population alike.
+    return distributed.on_main(lambda: None if limit is None else int(limit * MEMORY_SHARE))
 
 
 def _grid(tried: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def test_help_lists_every_command(args, capsys):
 def test_the_help_of_a_command_lists_its_options(name, capsys):
     assert main([*name.split(), "--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"--{option} " in out for option in cli.COMMANDS[name].options)
+    assert all(f"--{option.replace('_', '-')} " in out for option in cli.COMMANDS[name].options)
     assert ("--train.learning_rate a number (0.001)" in out) == cli.COMMANDS[name].takes_settings
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jxfer"
 
 LAYERS = (
-    ("typing", "xla_flags", "config", "paths", "origins", "checks"),
+    ("typing", "xla_flags", "config", "paths", "origins", "distributed", "checks"),
     ("data", "models"),
     ("partition", "weights", "sharding"),
     ("solvers", "surgery", "penalties", "optim", "objectives"),
@@ -23,7 +23,7 @@ LAYERS = (
     ("search", "measure"),
     ("run", "predict", "export", "directory", "ablate"),
     ("report",),
-    ("overrides", "progress", "session", "commands", "cli"),
+    ("overrides", "progress", "peers", "session", "commands", "cli"),
 )
 """An import may only point up, and within a row to the left."""
 

@@ -77,18 +77,28 @@ def test_stored_features_are_batched_like_images():
     assert (batch["features"].argmax(1) == batch["label"]).all()
 
 
+READERS = {
+    "training": lambda split, **rows: itertools.islice(batches(split, batch_size=8, seed=3, **rows), 4),
+    "evaluation": lambda split, **rows: eval_batches(split, batch_size=8, **rows),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("process_count", [1, 2, 4])
-def test_the_rows_of_all_processes_make_up_the_global_batch(process_count):
-    split = make_split(10)
-    for reader in (
-        lambda **place: itertools.islice(batches(split, batch_size=8, seed=3, **place), 4),
-        lambda **place: eval_batches(split, batch_size=8, **place),
-    ):
-        whole = list(reader())
-        parts = [list(reader(process_index=i, process_count=process_count)) for i in range(process_count)]
-        for name in ("image", "label", "mask"):
-            for index, batch in enumerate(whole):
-                assert (np.concatenate([part[index][name] for part in parts]) == batch[name]).all()
+def test_the_rows_of_all_processes_make_up_the_global_batch(name, process_count):
+    split, reader = make_split(10), READERS[name]
+    parts = [list(reader(split, rows=rows)) for rows in np.split(np.arange(8), process_count)]
+    for index, batch in enumerate(reader(split)):
+        for key in ("image", "label", "mask"):
+            assert (np.concatenate([part[index][key] for part in parts]) == batch[key]).all()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_rows_beyond_the_batch_fill_it_up_with_its_first_that_does_not_count(name):
+    split, reader = make_split(10), READERS[name]
+    for filled, batch in zip(reader(split, rows=np.arange(6, 10)), reader(split), strict=True):
+        assert filled["label"].tolist() == batch["label"][[6, 7, 0, 0]].tolist()
+        assert filled["mask"].tolist() == [*batch["mask"][[6, 7]], 0, 0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -100,9 +110,9 @@ def test_evaluation_counts_each_example_once_in_order(num, batch_size):
     assert real.tolist() == list(range(num))
 
 
-def test_a_batch_size_that_processes_cannot_share_is_refused():
-    with pytest.raises(InputError, match="batch size 9 is no positive multiple"):
-        batches(make_split(4), batch_size=9, seed=0, process_count=2)
+def test_a_batch_of_nothing_is_refused():
+    with pytest.raises(InputError, match="batch size 0 is not positive"):
+        batches(make_split(4), batch_size=0, seed=0)
 
 
 def test_an_empty_split_is_refused():

@@ -13,7 +13,7 @@ from jxfer.typing import HostBatch, InputError
 
 
 def batches(
-    split: Split, *, batch_size: int, seed: int, start: int = 0, process_index: int = 0, process_count: int = 1
+    split: Split, *, batch_size: int, seed: int, start: int = 0, rows: np.ndarray | None = None
 ) -> Iterator[HostBatch]:
     """Yields batches `start`, `start + 1`, … of an endless stream of shuffled epochs, read ahead in threads.
 
@@ -26,14 +26,14 @@ def batches(
       batch_size: over all processes.
       seed: of the permutations.
       start: the first batch; nothing before it is read.
-      process_index: this process gets the rows of its part of each batch.
-      process_count: divides `batch_size`.
+      rows: the positions in the batch that this process reads, in order, as `jxfer.sharding.share_of` gives them; None
+        reads all. A position beyond `batch_size` fills up: it holds row 0 again, with `mask` 0.
     """
     import grain
 
     if not len(split):
         raise InputError("no examples to train on: the training split is empty")
-    stream = _BatchSource(split, _check_rows(batch_size, process_index, process_count), batch_size, seed)
+    stream = _BatchSource(split, _check_rows(batch_size, rows), batch_size, seed)
     # A batch in memory is copied faster than threads hand it over; decoding releases the interpreter lock.
     threads = 1 if _in_memory(split) else os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -50,15 +50,16 @@ def batch_indices(*, num_examples: int, batch_size: int, seed: int, batch: int) 
     return np.concatenate(parts)
 
 
-def eval_batches(
-    split: Split, *, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[HostBatch]:
-    """Yields each example once, in order; the last batch is filled up with copies whose `mask` is 0."""
-    rows = _check_rows(batch_size, process_index, process_count)
+def eval_batches(split: Split, *, batch_size: int, rows: np.ndarray | None = None) -> Iterator[HostBatch]:
+    """Yields each example once, in order; the last batch is filled up with copies whose `mask` is 0.
+
+    For `rows` see `batches`.
+    """
+    rows = _check_rows(batch_size, rows)
     for start in range(0, len(split), batch_size):
-        indices = np.arange(start, start + batch_size)[rows]
+        indices = start + _filled(rows, batch_size)
         batch = split.read(np.minimum(indices, len(split) - 1))
-        yield {**batch, "mask": (indices < len(split)).astype(np.float32)}
+        yield {**batch, "mask": ((rows < batch_size) & (indices < len(split))).astype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class _BatchSource:
     """The stream as a random-access source whose elements are whole batches."""
 
     split: Split
-    rows: slice
+    rows: np.ndarray
     batch_size: int
     seed: int
 
@@ -74,12 +75,12 @@ class _BatchSource:
         return sys.maxsize
 
     def __getitem__(self, batch: int) -> HostBatch:
-        size = len(self.split)
-        indices = batch_indices(num_examples=size, batch_size=self.batch_size, seed=self.seed, batch=batch)[self.rows]
+        size, rows = len(self.split), _filled(self.rows, self.batch_size)
+        indices = batch_indices(num_examples=size, batch_size=self.batch_size, seed=self.seed, batch=batch)[rows]
         if isinstance(self.split, Views):
-            epochs = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)[self.rows] // size
+            epochs = (batch * self.batch_size + rows) // size
             indices = indices + epochs % self.split.views * size
-        return {**self.split.read(indices), "mask": np.ones(len(indices), np.float32)}
+        return {**self.split.read(indices), "mask": (self.rows < self.batch_size).astype(np.float32)}
 
 
 @functools.lru_cache(maxsize=8)
@@ -87,12 +88,16 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def _check_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Returns the rows of a global batch that belong to this process."""
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(f"batch size {batch_size} is no positive multiple of the number of processes, {process_count}")
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
+def _check_rows(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """Returns the rows of a batch that this process reads."""
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size} is not positive")
+    return np.arange(batch_size) if rows is None else rows
+
+
+def _filled(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns which rows are read at these positions: copies of row 0, real values for norms, beyond the batch."""
+    return np.where(rows < batch_size, rows, 0)
 
 
 def _in_memory(split: Split) -> bool:
