@@ -67,7 +67,8 @@ def find_place(options: Mapping[str, str]) -> Place | None:
     if not given:
         return _of_cluster()
     numbers = {name: _whole(name, given[name]) for name in ("num_processes", "process_id") if name in given}
-    if numbers.get("num_processes") == 1 and numbers.get("process_id", 0) == 0:
+    opted_out = "num_processes" in options and "process_id" not in options
+    if numbers.get("num_processes") == 1 and (opted_out or not numbers.get("process_id")):
         return None
     if missing := [_names(name) for name in VARIABLES if name not in given]:
         present = " and ".join(f"{_option(name)} {value}" for name, value in given.items())

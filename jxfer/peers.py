@@ -118,7 +118,8 @@ class _Watch:
         self._leaving.set()
         status, line = known or (1, "".join(traceback.format_exception(error)).rstrip())
         message = str(error) if known else "".join(traceback.format_exception_only(error)).strip()
-        self._tell(End(self._index, status, message))
+        with contextlib.suppress(Exception):  # the service is gone with process 0
+            self._tell(End(self._index, status, message))
         if known is None or self._index == 0 or not self._said_by_main(message):
             print(line, file=sys.stderr)
         self._leave(status)

@@ -59,7 +59,7 @@ def start(
     code: str = CHILD,
     env: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen]:
-    """Starts `jxfer ARGS` in several processes that find each other on a free port."""
+    """Starts `jxfer ARGS` in several processes that meet at a free port; `{process}` in `env` stands for the number."""
     shared = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -71,12 +71,12 @@ def start(
     return [
         subprocess.Popen(
             [sys.executable, "-c", code, event, *args],
-            env={**shared, **own},
+            env={name: value.replace("{process}", str(process)) for name, value in {**shared, **own}.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for own in settings
+        for process, own in enumerate(settings)
     ]
 
 

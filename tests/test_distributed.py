@@ -33,7 +33,7 @@ from jxfer.config import DataConfig, Experiment, ModelConfig, SourceConfig, Trai
 
 size = (("patch_size", "4"), ("hidden_dim", "16"), ("num_layers", "2"), ("num_heads", "2"), ("mlp_dim", "64"))
 train = TrainConfig(
-    num_steps=12, batch_size=12, optimizer="sgd", learning_rate=0.1, eval_every=4, log_every=2, checkpoint_every=4
+    num_steps=12, batch_size=12, optimizer="sgd", learning_rate=0.2, eval_every=4, log_every=2, checkpoint_every=2
 )
 experiment = Experiment(
     name="several",
@@ -76,6 +76,7 @@ SLURM = {
         ),
         ({"process_id": "1"}, {"JXFER_COORDINATOR": "host:1", "JXFER_NUM_PROCESSES": "2"}, Place(2, 1, "host:1")),
         ({"num_processes": "1"}, {}, None),
+        ({"num_processes": "1"}, {"JXFER_COORDINATOR": "host:1", "JXFER_PROCESS_ID": "3"}, None),
         ({}, SLURM, Place(4, 3, "node03:61447")),
         ({}, SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, Place(4, 3, "node03:61447", (2, 3))),
         ({}, SLURM | {"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_PER_TASK": "2"}, Place(4, 3, "node03:61447")),
@@ -96,6 +97,7 @@ SLURM = {
         "environment",
         "both",
         "alone",
+        "alone whatever the environment says",
         "tasks of srun",
         "that share the GPUs of a node",
         "that have GPUs of their own",
@@ -384,7 +386,7 @@ def assert_close(out: Path, expected: Path) -> None:
     for name, arrays in finals(expected).items():
         assert weights[name].keys() == arrays.keys()
         for path, value in arrays.items():
-            np.testing.assert_allclose(weights[name][path], value, atol=1e-6, err_msg=f"{name} {path}")
+            np.testing.assert_allclose(weights[name][path], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} {path}")
 
 
 @pytest.mark.parametrize("num_devices", [8, 1])
@@ -404,7 +406,7 @@ def killed(experiment, tmp_path_factory) -> tuple[Path, list[Ended], float]:
     """What two processes leave of which one is killed, how they end, and how long the other one lives on."""
     out = tmp_path_factory.mktemp("killed")
     args = ["run", experiment, "--method", "scratch", "--out", str(out)]
-    started = processes.start(args, event="kill:1:9")
+    started = processes.start(args, event="kill:1:10")
     started[1].wait(timeout=240)
     since = time.monotonic()
     return out, processes.end(started), time.monotonic() - since
@@ -425,7 +427,7 @@ def test_the_restart_ends_as_if_nothing_had_happened_with_another_number_of_proc
 ):
     out = runs.copy_of(killed[0], tmp_path / "copy")
     steps = [int(path.parent.name) for path in out.glob("runs/*/checkpoints/*/0/*/manifest.json")]
-    assert max(steps) in (4, 8), "it was killed on the way"
+    assert 0 < max(steps) < 12, "it was killed on the way"
     assert_done(scratch(experiment, out, count=count))
     assert_close(out, whole)
 
@@ -434,7 +436,7 @@ def test_the_restart_ends_as_if_nothing_had_happened_with_another_number_of_proc
     ("event", "status", "message"),
     [
         ("raise:1:6", 1, "OSError: the disk is on fire"),
-        ("refuse:1:6", 2, "this example cannot be read"),
+        pytest.param("refuse:1:6", 2, "this example cannot be read", marks=pytest.mark.slow),
         pytest.param("refuse:0:6", 2, "this example cannot be read", marks=pytest.mark.slow),
     ],
 )
@@ -524,13 +526,13 @@ def test_a_port_that_is_taken_is_named():
 
 
 @pytest.mark.slow  # an ablation of all kinds of phases, four times
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_an_ablation_of_two_processes_is_that_of_one(experiment, tmp_path, fsdp):
-    search = ["--search.learning_rate", "0.03,0.1", "--methods", "fine_tuning,linear_probe,logistic_probe"]
+@pytest.mark.parametrize(("fsdp", "cache"), [(1, "cache"), (4, "cache-of-{process}")], ids=["data", "fsdp, own caches"])
+def test_an_ablation_of_two_processes_is_that_of_one(experiment, tmp_path, fsdp, cache):
+    search = ["--search.learning_rate", "0.2,0.3", "--methods", "fine_tuning,linear_probe,logistic_probe"]
     args = ["ablate", experiment, "--mesh.fsdp", str(fsdp), *search]
     for name, settings in {"two": {"count": 2, "devices": 2}, "one": {"count": 1, "devices": 4}}.items():
-        cache = {"JXFER_CACHE": str(tmp_path / f"cache-{name}")}
-        ended = processes.run([*args, "--out", str(tmp_path / name)], env=cache, **settings)
+        env = {"JXFER_CACHE": str(tmp_path / f"{name}-{cache}")}
+        ended = processes.run([*args, "--out", str(tmp_path / name)], env=env, **settings)
         assert_done(ended)
         assert "Test accuracy in %" in ended[0].out
     rows, expected = ({row["method"]: row for row in runs.rows_on_disk(tmp_path / name)} for name in ("two", "one"))
@@ -541,3 +543,5 @@ def test_an_ablation_of_two_processes_is_that_of_one(experiment, tmp_path, fsdp)
     shutil.rmtree(tmp_path / "one" / "runs" / "logistic_probe-shots5-seed0")
     assert_close(tmp_path / "two", tmp_path / "one")
     assert (tmp_path / "two" / "report.html").exists()
+    stores = [sorted(folder.glob("features/*/*.array_record")) for folder in tmp_path.glob("two-*")]
+    assert [len(files) for files in stores] == ([1] if fsdp == 1 else [1, 1])
