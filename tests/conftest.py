@@ -1,6 +1,11 @@
 """What every test shares: eight virtual CPU devices, shapes checked at run time, and the folder of real data."""
 
 import os
+import signal
+
+# A shell starts what runs in its background with ctrl-c ignored, and so would every command that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read by XLA when jax starts its backend, so set before anything imports jax.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
