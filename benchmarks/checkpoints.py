@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoints.py [--rounds N] [--quick]
 
-About 6 minutes on 2 idle CPU cores. Both loops fine-tune the same network on the same batch, a hundred steps a round,
+Both loops fine-tune the same network on the same batch, a hundred steps a round,
 and end when the last save is on disk. The delta is that of a linear probe on ResNet-50 with 10 classes: what it saves
 is what differs from the weights it began with.
 """

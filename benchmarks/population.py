@@ -2,7 +2,7 @@
 
     python benchmarks/population.py [--rounds N] [--quick]
 
-About 5 minutes on 2 idle CPU cores. First whole runs, from the subset that is drawn to the row of results: a linear
+First whole runs, from the subset that is drawn to the row of results: a linear
 probe with 64 learning rates on stored features of handwritten digits, as a population and one variant after the other.
 Then the steps alone: 64 linear heads with 64 learning rates and decays train with AdamW on the same 512 features: as
 one population; each in a loop of jxfer's own step; each in a loop written by hand that scans its steps inside one

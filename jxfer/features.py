@@ -166,7 +166,7 @@ class Extractor:
             self.session.progress(f"{title}: waiting for {holder}", 0, 0)
 
         # The processes of one worker compute together, so none of them may wait for another.
-        return store.alone(waiting) if jax.process_count() == 1 else contextlib.nullcontext()
+        return store.alone(waiting) if distributed.count() == 1 else contextlib.nullcontext()
 
 
 def stored_splits(
