@@ -144,6 +144,12 @@ def test_ridge_has_the_coefficients_of_scikit_learn(shape):
         np.testing.assert_allclose(heads.biases[index], expected.intercept_, atol=2e-4)  # sums D kernels' errors
 
 
+def test_ten_times_the_blocks_of_examples_take_ten_times_the_operations():
+    few, many = (RidgePath(STRENGTHS).cost(count * BLOCK, 64, 3)[0] for count in (10, 100))
+    assert many / few == pytest.approx(10, rel=0.05)
+    assert many > 2 * 100 * BLOCK * 64 * 64, "the covariance alone"
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_ridge_does_not_mind_a_rotation(seed):

@@ -9,13 +9,6 @@ from jaxtyping import Array, Float
 HIGHEST = jax.lax.Precision.HIGHEST
 """Accelerators would otherwise round the factors of a float32 product, to as few as 8 bits."""
 
-EIGEN_FLOPS = 9
-"""Times R³: what a symmetric R × R eigenproblem with its vectors takes (Golub and Van Loan 2013, section 8.3.5).
-
-XLA counts nothing for the library that it calls there.
-"""
-
-
 BLOCK = 2000
 """Examples: 4 MB of 512 features."""
 
@@ -64,6 +57,17 @@ def principal_with_targets(
     # Rounding leaves directions without variance at a little below zero.
     basis = Basis(mean, axes, jnp.maximum(variances, 0.0))
     return basis, jnp.matmul(covariances[size:], vectors, precision=HIGHEST)
+
+
+def uncounted_flops(num_examples: int, num_features: int, num_targets: int) -> float:
+    """Returns the operations of `principal_with_targets` that XLA does not count.
+
+    They are those of the library that solves the eigenproblem, 9 R³ with its vectors (Golub and Van Loan 2013, section
+    8.3.5), and of all blocks of examples but the one that stands for the loop.
+    """
+    size = min(num_examples, num_features)
+    num_blocks = num_examples // BLOCK
+    return 9.0 * size**3 + max(num_blocks - 1, 0) * 2.0 * BLOCK * (size + num_targets) * size
 
 
 def _sum_products(

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from jxfer.solvers import lbfgs
-from jxfer.solvers.basis import EIGEN_FLOPS
+from jxfer.solvers.basis import uncounted_flops
 from jxfer.solvers.heads import LinearHeads, as_arrays, flops_of, shape
 from jxfer.typing import InputError
 
@@ -137,7 +137,8 @@ def _problem_bytes(num_examples: int, num_features: int, num_classes: int) -> in
 @functools.lru_cache(maxsize=64)
 def _prepare_flops(num_examples: int, num_features: int, num_classes: int) -> float:
     data = shape(num_examples, num_features), shape(num_examples, dtype=jnp.int32)
-    return flops_of(lbfgs.prepare, *data, num_classes=num_classes) + EIGEN_FLOPS * min(num_examples, num_features) ** 3
+    counted = flops_of(lbfgs.prepare, *data, num_classes=num_classes)
+    return counted + uncounted_flops(num_examples, num_features, num_classes)
 
 
 @functools.lru_cache(maxsize=64)

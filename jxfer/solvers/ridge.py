@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jxfer.solvers.basis import EIGEN_FLOPS, one_hot, principal_with_targets
+from jxfer.solvers.basis import one_hot, principal_with_targets, uncounted_flops
 from jxfer.solvers.heads import LinearHeads, as_arrays, closed_form, flops_of, shape
 from jxfer.solvers.logistic import STRENGTHS, check_strengths
 
@@ -45,7 +45,8 @@ class RidgePath:
         """Returns the floating-point operations of the whole path and the bytes of its arrays."""
         data = shape(num_examples, num_features), shape(num_examples, dtype=jnp.int32), shape(len(self.strengths))
         axes = min(num_examples, num_features)
-        flops = flops_of(solve, *data, num_classes=num_classes) + EIGEN_FLOPS * axes**3
+        flops = flops_of(solve, *data, num_classes=num_classes)
+        flops += uncounted_flops(num_examples, num_features, num_classes)
         num_weights = len(self.strengths) * (axes + num_features) * num_classes
         return flops, 4 * (2 * num_examples * axes + axes * num_features + num_weights)
 
