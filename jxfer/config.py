@@ -142,7 +142,8 @@ class MeshConfig:
     fsdp: int = 1
     model: int = 1
     frozen: tuple[tuple[str, str], ...] = (("**", "replicated"),)
-    """Placement rules of frozen parameters: pattern -> `replicated`, `fsdp` or axes such as `None,model`."""
+    """Placement rules of frozen parameters: pattern -> `replicated`, `fsdp`, `tensor` (the blocks of transformers split
+    over `model`), `tensor+fsdp` or axes such as `None,model`."""
     trainable: tuple[tuple[str, str], ...] = (("**", "fsdp"),)
     """Placement rules of trainable parameters and their optimizer state."""
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jxfer import models, paths
 from jxfer.config import Experiment, Method, Phase
 from jxfer.partition import FROZEN, Leaf, Partition, frozen_boundary
+from jxfer.sharding import check_placement
 from jxfer.typing import InputError
 from jxfer.variants import why_not_together
 
@@ -34,6 +35,7 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
     Raises:
       InputError: the rules do not fit the model, or a phase trains a label that no parameter has.
     """
+    check_placement(model, experiment.mesh)
     stages = tuple(getattr(model, "stages", ()))
     layers = _layers(model, stages)
     rules = [(each, label) for pattern, label in method.rules for each in _resolve(pattern, model, layers)]

@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jxfer import distributed
 from jxfer.config import MeshConfig
-from jxfer.paths import match_rules
+from jxfer.partition import FROZEN, Partition
+from jxfer.paths import match, match_rules
 from jxfer.typing import Batch, HostBatch, InputError, Path, PyTree, Rules
 
 AXES = ("data", "fsdp", "model")
@@ -20,6 +23,19 @@ AXES = ("data", "fsdp", "model")
 
 _SMALLEST_SHARDED = 2**10
 """Leaves of fewer elements are replicated under `fsdp`: gathering them costs more than keeping them."""
+
+_TENSOR = {"tensor": "replicated", "tensor+fsdp": "fsdp"}
+"""Rule values for the blocks of transformers (Shoeybi et al. 2019, arXiv:1909.08053, section 3), and what they do with
+all that the `model` axis does not split."""
+
+_LEAVES = r"(?:.*/)?(?:{layers})/(?:{names})"
+_COLUMNS = re.compile(
+    _LEAVES.format(layers="attention/(?:query|key|value)|mlp/up", names="kernel|bias|(?:lora/)?lora_b")
+)
+"""Leaves whose outputs are split: each device computes some heads, or some hidden features, from all inputs."""
+
+_ROWS = re.compile(_LEAVES.format(layers="attention/out|mlp/down", names="kernel|(?:lora/)?lora_a"))
+"""Leaves whose inputs are split: each device adds up over its own, and one all-reduce adds up over the devices."""
 
 
 def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -38,19 +54,58 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def param_specs(arrays: Mapping[Path, Any], rules: Rules, mesh: Mesh) -> dict[Path, NamedSharding]:
+def param_specs(arrays: Mapping[Path, Any], rules: Rules, mesh: Mesh | AbstractMesh) -> dict[Path, NamedSharding]:
     """Returns the sharding of each parameter, in the order of `arrays` (anything with a `shape`).
 
-    The value of a rule is `replicated`, `fsdp` (the largest dimension that the `fsdp` axis divides is split; small
-    leaves and those without such a dimension are replicated) or one axis or `None` per dimension: `None,model`.
+    The value of a rule is
+    - `replicated`,
+    - `fsdp`: the largest dimension that the `fsdp` axis divides is split; small leaves and those without such a
+      dimension are replicated,
+    - `tensor`: queries, keys, values and the first layer of a block's network are split by outputs over the `model`
+      axis, attention's output and the second layer by inputs; all else is replicated,
+    - `tensor+fsdp`: the same, and what is left whole of each leaf is split as by `fsdp`,
+    - or one axis or `None` per dimension: `None,model`.
     Give all parameters of the model, frozen and trainable: rules are judged against the model, not against the part
     of it that one phase happens to train.
 
     Raises:
-      InputError: a leaf is covered by no rule, a rule decides nothing, or axes do not fit a leaf's shape.
+      InputError: a leaf is covered by no rule, a rule decides nothing, axes do not fit a leaf's shape, or `tensor`
+        finds nothing of a transformer.
     """
     values = match_rules(arrays, rules)
+    tensor = [path for path, value in values.items() if value in _TENSOR]
+    if tensor and all(_tensor_axis(path, arrays[path].shape) is None for path in tensor):
+        raise InputError(
+            f"`{values[tensor[0]]}` has nothing to split: of the {len(tensor)} parameters it places, none is of a "
+            "transformer's block, such as `attention/query` or `mlp/up`; use fsdp, or axes such as `None,model`"
+        )
     return {path: NamedSharding(mesh, _spec(path, arrays[path].shape, value, mesh)) for path, value in values.items()}
+
+
+def check_placement(model: nnx.Module, config: MeshConfig) -> None:
+    """Checks the placement rules against a model, real or abstract, on a mesh of any number of devices.
+
+    Raises:
+      InputError: as `param_specs`, or `tensor` would cut through heads of attention.
+    """
+    mesh = AbstractMesh((1, config.fsdp, config.model), AXES)
+    leaves = Partition.of(model, [("**", FROZEN)]).leaves
+    params = {leaf.path: leaf for leaf in leaves if leaf.kind == "parameter"}
+    for rules in (config.frozen, config.trainable):
+        param_specs(params, rules, mesh)
+        check_heads(model, rules, config.model)
+
+
+def check_heads(model: nnx.Module, rules: Rules, num_parts: int) -> None:
+    """Raises InputError where a rule's `tensor` would split a layer of attention into parts of less than a head."""
+    for keys, module in nnx.iter_modules(model):
+        num_heads, path = getattr(module, "num_heads", None), "/".join(map(str, keys))
+        value = next((value for pattern, value in rules if match(f"{path}/query/kernel", pattern)), None)
+        if isinstance(num_heads, int) and value in _TENSOR and num_heads % num_parts:
+            choices = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
+            raise InputError(
+                f"`{value}` for `{path}`: mesh.model={num_parts} does not divide its {num_heads} heads; use {choices}"
+            )
 
 
 def state_shardings(state: PyTree, specs: Mapping[Path, NamedSharding], mesh: Mesh) -> PyTree:
@@ -184,15 +239,18 @@ def put_batch(batch: HostBatch, mesh: Mesh) -> Batch:
     return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}
 
 
-def _spec(path: Path, shape: tuple[int, ...], value: str, mesh: Mesh) -> PartitionSpec:
+def _spec(path: Path, shape: tuple[int, ...], value: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     if value == "replicated":
         return PartitionSpec()
     if value == "fsdp":
         return _fsdp_spec(shape, mesh.shape["fsdp"])
+    if value in _TENSOR:
+        return _tensor_spec(path, shape, value, mesh)
     axes = [None if axis.strip() == "None" else axis.strip() for axis in value.split(",")]
     if unknown := [axis for axis in axes if axis not in (None, *AXES)]:
         raise InputError(
-            f"`{value}` for `{path}`: no mesh axis {unknown[0]!r}; use replicated, fsdp, or None and {AXES}"
+            f"`{value}` for `{path}`: no mesh axis {unknown[0]!r}; use replicated, fsdp, tensor, tensor+fsdp, or None "
+            f"and {AXES}"
         )
     used = [axis for axis in axes if axis is not None]
     if len(axes) != len(shape) or len(set(used)) != len(used):
@@ -205,12 +263,34 @@ def _spec(path: Path, shape: tuple[int, ...], value: str, mesh: Mesh) -> Partiti
     return PartitionSpec(*axes)
 
 
-def _fsdp_spec(shape: tuple[int, ...], num_shards: int) -> PartitionSpec:
-    divisible = [axis for axis, size in enumerate(shape) if size % num_shards == 0]
-    if num_shards == 1 or math.prod(shape) < _SMALLEST_SHARDED or not divisible:
-        return PartitionSpec()
-    largest = max(divisible, key=lambda axis: shape[axis])
-    return PartitionSpec(*("fsdp" if axis == largest else None for axis in range(len(shape))))
+def _fsdp_spec(shape: tuple[int, ...], num_shards: int, axes: Sequence[str | None] = ()) -> PartitionSpec:
+    """Splits the largest dimension that divides, of those that `axes` leaves whole."""
+    axes = list(axes) or [None] * len(shape)
+    divisible = [axis for axis, size in enumerate(shape) if axes[axis] is None and size % num_shards == 0]
+    if num_shards > 1 and math.prod(shape) >= _SMALLEST_SHARDED and divisible:
+        axes[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
+    return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+def _tensor_spec(path: Path, shape: tuple[int, ...], value: str, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    split, num_parts = _tensor_axis(path, shape), mesh.shape["model"]
+    if split is None or num_parts == 1:
+        return _spec(path, shape, _TENSOR[value], mesh)
+    if shape[split] % num_parts:
+        raise InputError(
+            f"`{value}` for `{path}` of shape {shape}: mesh.model={num_parts} does not divide {shape[split]}"
+        )
+    axes = ["model" if axis == split else None for axis in range(len(shape))]
+    return _fsdp_spec(shape, mesh.shape["fsdp"] if _TENSOR[value] == "fsdp" else 1, axes)
+
+
+def _tensor_axis(path: Path, shape: tuple[int, ...]) -> int | None:
+    """Returns the dimension of a transformer's leaf that the `model` axis splits; None where that leaves it whole."""
+    if len(shape) > 2:
+        return None
+    if _COLUMNS.fullmatch(path):
+        return len(shape) - 1
+    return 0 if _ROWS.fullmatch(path) else None
 
 
 def _fits(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jxfer.config import MeshConfig
 from jxfer.partition import Partition, arrays_of, eval_graphdef
-from jxfer.sharding import param_specs, place, put, state_shardings
+from jxfer.sharding import check_heads, param_specs, place, put, state_shardings
 from jxfer.typing import Arrays, PyTree
 
 STACKED = ("params", "variables", "opt_state", "ema")
@@ -206,8 +206,9 @@ def _define(*code: Any) -> Definition:
 
 def _place_fixed(fixed: Fixed, params: Arrays, mesh: jax.sharding.Mesh, config: MeshConfig, shardings: PyTree) -> Fixed:
     """Places what is frozen, and remembers where the state lives; `params` are those of the whole model."""
-    specs = param_specs(params, config.frozen, mesh)
     old = fixed.definition
+    _check_heads(old, config)
+    specs = param_specs(params, config.frozen, mesh)
     leaves = tuple(jax.tree.leaves(shardings))
     return dataclasses.replace(
         fixed,
@@ -215,6 +216,15 @@ def _place_fixed(fixed: Fixed, params: Arrays, mesh: jax.sharding.Mesh, config: 
         variables=put(fixed.variables, state_shardings(fixed.variables, {}, mesh)),
         definition=_define(old.partition, old.train_graphdef, old.eval_graphdef, old.tx, leaves),
     )
+
+
+def _check_heads(definition: Definition, config: MeshConfig) -> None:
+    if config.model == 1:
+        return
+    shapes = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in definition.partition.leaves}
+    model = definition.partition.assemble(definition.eval_graphdef, shapes)
+    for rules in (config.frozen, config.trainable):
+        check_heads(model, rules, config.model)
 
 
 def _by_kind(arrays: Arrays, kinds: Mapping[str, str]) -> tuple[Arrays, Arrays]:
