@@ -81,10 +81,9 @@ def prepare(features: Float[Array, "N D"], labels: Int[Array, " N"], *, num_clas
     """Turns the features into their eigenbasis, and sums up what the labels contribute to every gradient."""
     targets = one_hot(labels, num_classes)
     basis, covariances = principal_with_targets(features, targets)
-    centred = jnp.concatenate([features - basis.mean, jnp.ones((len(features), 1))], axis=1)
-    axes = jax.scipy.linalg.block_diag(basis.axes, jnp.ones((1, 1)))
+    scores = jnp.matmul(basis.axes.T, (features - basis.mean).T, precision=HIGHEST)
     return basis, Data(
-        scores=jnp.matmul(axes.T, centred.T, precision=HIGHEST),
+        scores=jnp.concatenate([scores, jnp.ones((1, len(features)))]),
         labels=labels,
         targets=jnp.concatenate([covariances, jnp.mean(targets, axis=0)[:, None]], axis=1),
         curvature=jnp.concatenate([basis.variances, jnp.ones(1)]) / 4,

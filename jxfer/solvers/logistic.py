@@ -57,12 +57,12 @@ class LogisticPath:
         basis, data = lbfgs.prepare(mapped, labels, num_classes=num_classes)
         path, places = np.unique(np.asarray(self.strengths, np.float32), return_inverse=True)
         weights, norms, flops = self._solve(data, path)
-        kernels, biases = lbfgs.heads(basis, data, path, weights)
+        kernels, biases = lbfgs.heads(basis, data, path[places], weights[places])
         kernels, biases = (kernels, biases) if linear is None else linear.fold(kernels, biases)
         return LinearHeads(
             names=tuple(f"strength={strength:g}" for strength in self.strengths),
-            kernels=kernels[places],
-            biases=biases[places],
+            kernels=kernels,
+            biases=biases,
             gradient_norms=tuple(norms[places].tolist()),
             converged=tuple((norms[places] <= SLACK * self.tolerance).tolist()),
             flops=flops + _prepare_flops(len(labels), mapped.shape[1], num_classes),
@@ -104,7 +104,7 @@ class LogisticPath:
         return weights, norms, num_evaluations * _iteration_flops(num_examples, axes, num_classes, together)
 
     def _solve_part(self, data: lbfgs.Data, strengths: np.ndarray, start: Any) -> lbfgs.Solution:
-        tolerance = jnp.float32(self.tolerance)
+        tolerance = np.float32(self.tolerance)
         return lbfgs.solve(data, strengths, tolerance, start, max_iterations=self.max_iterations)
 
 
