@@ -167,7 +167,7 @@ def _solve_phase(candidates: Sequence[Candidate], planned: PlannedPhase, splits:
             # What the first one took counts once.
             features = dataclasses.replace(result.features, computed=0)
             results[id(candidate.model)] = dataclasses.replace(result, train_flops=0.0, features=features)
-            candidate = _advance(candidate, planned, result)
+            candidate = _advance(candidate, planned, result, _taken_apart(candidate.model))
         solved.append(candidate)
     return solved
 
@@ -187,14 +187,29 @@ def _train_part(
             found = [*run_population(contexts, planned, models, splits, index=index, cost=cost)]
     except NonFiniteError as error:
         return [dataclasses.replace(candidate, error=error) for candidate in part]
-    return [_advance(candidate, planned, result) for candidate, result in zip(part, found, strict=True)]
+    distinct = {id(candidate.model): candidate.model for candidate in part}
+    starts = {name: _taken_apart(model) for name, model in distinct.items()}
+    return [
+        _advance(candidate, planned, result, starts[id(candidate.model)])
+        for candidate, result in zip(part, found, strict=True)
+    ]
 
 
-def _advance(candidate: Candidate, planned: PlannedPhase, result: PhaseResult | NonFiniteError) -> Candidate:
+def _taken_apart(model: nnx.Module) -> tuple[nnx.GraphDef, Arrays]:
+    return nnx.graphdef(model), arrays_of(model)
+
+
+def _advance(
+    candidate: Candidate,
+    planned: PlannedPhase,
+    result: PhaseResult | NonFiniteError,
+    start: tuple[nnx.GraphDef, Arrays],
+) -> Candidate:
+    """Returns the candidate as a phase left it; `start` is its model before, taken apart once for all that share it."""
     if isinstance(result, NonFiniteError):
         return dataclasses.replace(candidate, error=result)
-    before = arrays_of(candidate.model)
-    model = planned.partition.assemble(nnx.graphdef(candidate.model), before | result.arrays)
+    graphdef, before = start
+    model = planned.partition.assemble(graphdef, before | result.arrays)
     _check_frozen(planned, before, arrays_of(model))
     return dataclasses.replace(candidate, model=model, phases=(*candidate.phases, result))
 

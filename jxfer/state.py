@@ -176,7 +176,10 @@ def init_population(
     models = [*models, *[models[-1]] * (-len(models) % multiple)]
     state, fixed = init_state(models[0], partition, tx, key=key, ema=ema, reference=reference)
     kinds = {leaf.path: leaf.kind for leaf in partition.leaves}
-    params, variables = _by_kind(stack([partition.split(arrays_of(model))[0] for model in models]), kinds)
+    # Once for all variants that begin from the same model: taking a model apart takes longer than a step.
+    distinct = {id(model): model for model in models}
+    moving = {name: partition.split(arrays_of(model))[0] for name, model in distinct.items()}
+    params, variables = _by_kind(stack([moving[id(model)] for model in models]), kinds)
     stacked = dataclasses.replace(
         state,
         params=params,
