@@ -7,6 +7,7 @@ import numpy as np
 
 from jxfer import distributed
 from jxfer.data import Split, eval_batches
+from jxfer.data.ahead import Ahead
 from jxfer.objectives import means
 from jxfer.sharding import share_of
 from jxfer.state import Fixed
@@ -31,11 +32,12 @@ def evaluate(
     pending: list[Any] = []
     fetched = []
     share = share_of(mesh, batch_size)
-    for batch in eval_batches(split, batch_size=batch_size, rows=share.rows):
-        pending.append(distributed.everywhere(eval_step(state, fixed, share.put(batch))))
-        # Fetched a little late, so that the device need not wait for the host and holds few batches at a time.
-        if len(pending) > BATCHES_AHEAD:
-            fetched.append(jax.device_get(pending.pop(0)))
+    with Ahead(map(share.put, eval_batches(split, batch_size=batch_size, rows=share.rows))) as batches:
+        for batch in batches:
+            pending.append(distributed.everywhere(eval_step(state, fixed, batch)))
+            # Fetched a little late, so that the device need not wait for the host and holds few batches at a time.
+            if len(pending) > BATCHES_AHEAD:
+                fetched.append(jax.device_get(pending.pop(0)))
     fetched += jax.device_get(pending)
     outputs = np.concatenate([np.asarray(outputs, np.float32)[:batch_size] for _, outputs in fetched])[: len(split)]
     return _of_main(means([sums for sums, _ in fetched])), outputs

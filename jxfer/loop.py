@@ -1,15 +1,18 @@
 """The loop: step, then hooks. The host never waits for the device between steps; metrics come back late and in bulk."""
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jxfer import distributed
+from jxfer.data.ahead import Ahead
 from jxfer.state import Fixed
 from jxfer.step import TrainStep
 from jxfer.typing import Batch, InterruptedRun, Metrics, NonFiniteError
@@ -48,6 +51,9 @@ class Window:
     metrics: dict[str, Any]
     """Name -> float, or [V] of a population."""
     examples_per_sec: float
+    """The time that hooks other than those of every step take does not count."""
+    input_wait: float
+    """Share of that time in which the device had nothing to do, because the next batch was not there yet."""
 
 
 def train(
@@ -70,7 +76,7 @@ def train(
       train_step: from `make_train_step`.
       state: what moves, at any step: a `TrainState` or a `Population`.
       fixed: what does not.
-      batches: already on the devices, the first one being that of the next step.
+      batches: already on the devices, the first one being that of the next step; taken ahead of the steps in a thread.
       num_steps: optimizer updates of the phase, those before `state.step` included.
       log_every: steps per window of metrics; a window is fetched when the next one is full.
       on_window: receives each window.
@@ -83,62 +89,96 @@ def train(
       NonFiniteError: a metric became NaN or infinite; the message names the first step and the metric.
       InterruptedRun: `should_stop` answered true and `on_stop` has returned.
     """
-    windows = _Windows(on_window, check or check_finite)
-    for step in range(int(state.step) + 1, num_steps + 1):
-        batch = next(batches)
-        with jax.transfer_guard("disallow"):
-            state, metrics = train_step(state, fixed, batch)
-        windows.add(step, metrics, full=step % log_every == 0)
-        try:
-            _call_hooks(hooks, step, state, last=step == num_steps)
-        except NonFiniteError:
-            windows.flush()  # raises for the first such step, where what the hook found began
-            raise
-        if should_stop() and step < num_steps:
-            windows.flush()
-            on_stop(step, state)
-            raise InterruptedRun(f"stopped after step {step} of {num_steps}")
+    windows, start = _Windows(on_window, check or check_finite), int(state.step)
+    with Ahead(itertools.islice(batches, max(num_steps - start, 0))) as ahead:
+        for step in range(start + 1, num_steps + 1):
+            batch, waited_secs = ahead.take(windows.busy)
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, fixed, batch)
+            windows.add(step, metrics, waited_secs, full=step % log_every == 0)
+            try:
+                _call_hooks(hooks, step, state, windows, last=step == num_steps)
+            except NonFiniteError:
+                windows.flush()  # raises for the first such step, where what the hook found began
+                raise
+            if should_stop() and step < num_steps:
+                windows.flush()
+                on_stop(step, state)
+                raise InterruptedRun(f"stopped after step {step} of {num_steps}")
     windows.flush()
     return state
 
 
-def _call_hooks(hooks: Sequence[Hook], step: int, state: Any, *, last: bool) -> None:
-    for hook in hooks:
-        if last or step % hook.every == 0:
+def _call_hooks(hooks: Sequence[Hook], step: int, state: Any, windows: "_Windows", *, last: bool) -> None:
+    due = [hook for hook in hooks if last or step % hook.every == 0]
+    with windows.paused() if any(hook.every > 1 for hook in due) else contextlib.nullcontext():
+        for hook in due:
             hook.call(step, state)
 
 
 class _Windows:
-    """Collects device metrics and hands out means one window late, when fetching them no longer waits."""
+    """Collects device metrics and hands out means one window late, when fetching them no longer waits.
+
+    The host runs ahead of the device. A window ends when the device is done with its last step, as far as the host
+    notices: it looks after each of its own steps, and wherever it waits.
+    """
 
     def __init__(self, on_window: Callable[[Window], None], check: "Check"):
         self._on_window, self._check = on_window, check
         self._filling: list[tuple[int, Metrics]] = []
         self._full: list[tuple[int, Metrics]] = []
-        self._full_secs = 0.0
-        self._since = time.perf_counter()
+        self._waited_secs, self._full_waited_secs = 0.0, 0.0
+        self._start = time.perf_counter()  # of the full window until its end is known, then of the one that fills
+        self._full_secs = 0.0  # until its end is known
 
-    def add(self, step: int, metrics: Metrics, *, full: bool) -> None:
+    def busy(self) -> bool:
+        """Whether the device still works on the last step."""
+        steps = self._filling or self._full
+        if steps and not _done(steps):
+            return True
+        self._note_end()
+        return False
+
+    def add(self, step: int, metrics: Metrics, waited_secs: float, *, full: bool) -> None:
+        if _done(self._full):
+            self._note_end()
         self._filling.append((step, metrics))
+        self._waited_secs += waited_secs
         if full:
             self._close()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time in the block, in which hooks read the state: it begins when all steps so far are done."""
+        jax.block_until_ready(self._full[-1:])
+        self._note_end()
+        jax.block_until_ready(self._filling[-1:])
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began
+
     def flush(self) -> None:
+        self._hand_out()
         jax.block_until_ready(self._filling)  # the time of the last window ends with its last step
         self._close()
         self._hand_out()
 
     def _close(self) -> None:
         self._hand_out()
-        now = time.perf_counter()
-        self._full_secs, self._since = now - self._since, now
         self._full, self._filling = self._filling, []
+        self._full_waited_secs, self._waited_secs = self._waited_secs, 0.0
+
+    def _note_end(self) -> None:
+        if self._full and not self._full_secs:
+            now = time.perf_counter()
+            self._full_secs, self._start = now - self._start, now
 
     def _hand_out(self) -> None:
         if not self._full:
             return
         rows = distributed.fetch(self._full)
-        self._full = []
+        self._note_end()
+        secs, self._full, self._full_secs = self._full_secs, [], 0.0
         for step, metrics in rows:
             self._check(step, metrics)
         counts = np.sum([metrics["count"] for _, metrics in rows], axis=0, dtype=np.float64)
@@ -146,7 +186,14 @@ class _Windows:
         means = {name: value / counts for name, value in sums.items() if name not in ("count", "grad_norm")}
         means["grad_norm"] = sums["grad_norm"] / len(rows)
         metrics = {name: float(value) if np.ndim(value) == 0 else value for name, value in means.items()}
-        self._on_window(Window(rows[-1][0], metrics, float(np.max(counts)) / self._full_secs))
+        waited = min(self._full_waited_secs / secs, 1.0)
+        self._on_window(Window(rows[-1][0], metrics, float(np.max(counts)) / secs, waited))
+
+
+def _done(steps: Sequence[tuple[int, Metrics]]) -> bool:
+    """Whether the device has finished the last of the steps."""
+    arrays: Iterable[Any] = steps[-1][1].values() if steps else ()
+    return bool(steps) and all(array.is_ready() for array in arrays)
 
 
 def check_finite(step: int, metrics: Mapping[str, Any]) -> None:

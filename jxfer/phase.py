@@ -328,6 +328,11 @@ def log_row(context: Context, planned: PlannedPhase, step: int, split: str) -> R
     return {"step": step, "phase": planned.phase.name, "variant": context.variant, "split": split}
 
 
+def speed(window: Window) -> dict[str, float]:
+    """Returns what a row of the log says of how fast a window was."""
+    return {"examples_per_sec": window.examples_per_sec, "input_wait": window.input_wait}
+
+
 def _log_window(context: Context, planned: PlannedPhase, window: Window) -> None:
     row = log_row(context, planned, window.step, "train")
-    context.log(row | window.metrics | {"examples_per_sec": window.examples_per_sec})
+    context.log(row | window.metrics | speed(window))

@@ -29,6 +29,7 @@ from jxfer.phase import (
     device_batches,
     log_row,
     rank,
+    speed,
     store_features,
 )
 from jxfer.plan import POPULATION, PlannedPhase, phase_steps, start_population
@@ -191,7 +192,7 @@ class _Keeper:
             if variant not in self.failures:
                 own = {name: float(value[variant]) for name, value in window.metrics.items()}
                 row = log_row(context, self._planned, window.step, "train")
-                context.log(row | own | {"examples_per_sec": window.examples_per_sec})
+                context.log(row | own | speed(window))
 
     def stop(self, step: int, population: Population) -> None:
         """Saves the population with the best of each variant."""

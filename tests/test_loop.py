@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jxfer import loop
 from jxfer.loop import Hook, Window, train
 from jxfer.partition import Partition
 from jxfer.state import Fixed, TrainState, init_state
-from jxfer.typing import InterruptedRun, NonFiniteError
+from jxfer.typing import InputError, InterruptedRun, NonFiniteError
 
 
 @jax.jit
@@ -178,3 +180,74 @@ def test_a_step_may_not_transfer():
     on_host = iter([{name: np.asarray(value) for name, value in metrics_of(1).items()}])
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         run(1, batches=on_host)
+
+
+def slowly(batches, secs: float):
+    for batch in batches:
+        time.sleep(secs)
+        yield batch
+
+
+@jax.jit
+def heavy_step(state: TrainState, fixed: Fixed, batch):
+    """Takes the device some tens of milliseconds."""
+    work = jax.lax.fori_loop(0, 40, lambda _, x: jnp.tanh(x @ x), jnp.full((400, 400), batch["loss"]))
+    return dataclasses.replace(state, step=state.step + 1), batch | {"loss": batch["loss"] + 0 * work[0, 0]}
+
+
+def timed(step, num_steps: int, **kwargs) -> list[Window]:
+    windows: list[Window] = []
+    step(STATE, FIXED, metrics_of(1))  # compiled before
+    train(step, STATE, FIXED, num_steps=num_steps, on_window=windows.append, **kwargs)
+    return windows
+
+
+def test_input_that_is_slower_than_the_step_is_waited_for():
+    windows = timed(fake_step, 9, batches=slowly(batches(9), 0.02), log_every=3)
+    assert all(0.7 < window.input_wait <= 1 for window in windows), [window.input_wait for window in windows]
+    assert windows[1].examples_per_sec == pytest.approx((4 + 5 + 6) / 0.06, rel=0.3)
+
+
+def test_input_that_is_ready_before_the_device_is_not_waited_for():
+    windows = timed(heavy_step, 12, batches=slowly(batches(12), 0.001), log_every=4)
+    assert all(window.input_wait < 0.3 for window in windows[1:]), [window.input_wait for window in windows]
+
+
+def test_a_window_lasts_until_the_device_is_done_with_it_and_looks_do_not_count():
+    began = time.perf_counter()
+    windows = timed(heavy_step, 12, batches=batches(12), log_every=3)
+    took = time.perf_counter() - began
+    look = Hook(6, lambda step, state: time.sleep(0.5))
+    with_looks = timed(heavy_step, 12, batches=batches(12), log_every=3, hooks=(look,))
+    for each in (windows, with_looks):
+        secs = [sum(range(3 * k + 1, 3 * k + 4)) / window.examples_per_sec for k, window in enumerate(each)]
+        assert sum(secs) < took + 0.3, "of the second that the looks took, nothing"
+        assert max(secs) < 5 * min(secs), secs
+
+
+def failing_batches():
+    yield metrics_of(1)
+    raise InputError("record 7 is damaged")
+
+
+def stop_at_once(step, state):
+    raise NonFiniteError("stop")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({}, None),
+        ({"batches": failing_batches()}, InputError),
+        ({"hooks": (Hook(1, stop_at_once),)}, NonFiniteError),
+        ({"should_stop": lambda: True}, InterruptedRun),
+    ],
+    ids=["end", "input", "hook", "signal"],
+)
+def test_however_the_loop_ends_no_thread_is_left(kwargs, error):
+    if error is None:
+        run(6, **kwargs)
+    else:
+        with pytest.raises(error):
+            run(6, **kwargs)
+    assert not [thread for thread in threading.enumerate() if thread.name == "jxfer-ahead"]

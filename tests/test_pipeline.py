@@ -1,6 +1,8 @@
 """The laws of batches: epochs are permutations, a jump equals a replay, evaluation counts each example once."""
 
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jxfer.data import ArraySplit, LazySplit, Subset, batches, eval_batches
+from jxfer.data.ahead import Ahead
 from jxfer.data.pipeline import batch_indices
 from jxfer.typing import InputError
 
@@ -118,3 +121,25 @@ def test_a_batch_of_nothing_is_refused():
 def test_an_empty_split_is_refused():
     with pytest.raises(InputError, match="no examples"):
         batches(make_split(0), batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize("make", [make_split, make_lazy])
+def test_two_hundred_streams_read_ahead_leave_no_thread(make):
+    before = threading.active_count()
+    for seed in range(200):
+        with Ahead(batches(make(30), batch_size=8, seed=seed)) as stream:
+            assert len(next(stream)["label"]) == 8
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:  # of Grain's, which end when they wake up
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def test_what_reading_raises_reaches_the_step_as_it_was_raised():
+    def damaged(index):
+        raise InputError(f"record {index} is damaged")
+
+    split = LazySplit(np.array(["a"]), np.zeros(1, np.int32), damaged)
+    with Ahead(batches(split, batch_size=2, seed=0)) as stream, pytest.raises(InputError) as raised:
+        next(stream)
+    assert str(raised.value) == "record 0 is damaged"

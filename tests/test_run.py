@@ -300,6 +300,7 @@ def test_a_run_leaves_its_resolved_config_and_logs(experiment, sources, tmp_path
         ("tune", "validation", 2),
     ]
     assert all(np.isfinite(r["loss"]) and r["variant"] == "default" for r in logged)
+    assert all(0 <= r["input_wait"] <= 1 and r["examples_per_sec"] > 0 for r in logged if r["split"] == "train")
     assert any(row["validation_metrics"].items() <= r.items() for r in logged)
     assert list(tmp_path.glob("events.*"))
 

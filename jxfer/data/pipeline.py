@@ -15,7 +15,10 @@ from jxfer.typing import HostBatch, InputError
 def batches(
     split: Split, *, batch_size: int, seed: int, start: int = 0, rows: np.ndarray | None = None
 ) -> Iterator[HostBatch]:
-    """Yields batches `start`, `start + 1`, … of an endless stream of shuffled epochs, read ahead in threads.
+    """Yields batches `start`, `start + 1`, … of an endless stream of shuffled epochs.
+
+    Grain's threads read ahead what is decoded or comes from a disk, a batch each. A batch of what lies in memory is
+    made when it is asked for.
 
     The stream is the epochs' permutations one after the other, so batches cross from one epoch into the next and are
     always full. Batch k is a function of the split, `batch_size`, `seed` and k alone. Of stored `Views`, epoch e reads
@@ -34,8 +37,8 @@ def batches(
     if not len(split):
         raise InputError("no examples to train on: the training split is empty")
     stream = _BatchSource(split, _check_rows(batch_size, rows), batch_size, seed)
-    # A batch in memory is copied faster than threads hand it over; decoding releases the interpreter lock.
-    threads = 1 if _in_memory(split) else os.cpu_count() or 1
+    # A batch in memory is copied faster than threads hand it over; decoding and reading release the interpreter lock.
+    threads = 0 if _in_memory(split) else os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(grain.MapDataset.source(stream)[start:].to_iter_dataset(options))
 
