@@ -5,6 +5,7 @@ names: of twelve layers the third would be layer 10. A manifest, written last, m
 every array and the size of every file, and both are checked before anything is restored.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -67,7 +68,7 @@ class Checkpoints:
           step: names the checkpoint; one that exists is replaced.
           state: any tree of arrays, typed keys and numbers.
           metrics: decide which checkpoint is the best.
-          extra: JSON-ready; returned by `restore`.
+          extra: JSON-ready, and may be changed after the call; returned by `restore`.
           guard: called before anything is written, and once more before others are removed; may raise.
 
         Raises:
@@ -77,7 +78,9 @@ class Checkpoints:
         guard()
         distributed.on_main(lambda: _make_writable(self._directory))
         flat = _flatten(state)
-        metadata = {"metrics": {k: float(v) for k, v in (metrics or {}).items()}, "extra": extra or {}}
+        # Copied, because the caller may change what it gave while the background thread has yet to write it.
+        copied = copy.deepcopy(extra or {})
+        metadata = {"metrics": {k: float(v) for k, v in (metrics or {}).items()}, "extra": copied}
         manifest = {"arrays": _describe(flat), "metadata": metadata}
         directory = self._directory / str(step)
         response = _start_write(directory, flat)

@@ -97,6 +97,14 @@ def test_a_whole_state_comes_back_bit_for_bit_with_its_extra(tmp_path):
     assert extra == {"position": 17, "phase": "probe"}
 
 
+def test_what_is_saved_is_what_was_given_whatever_becomes_of_it_afterwards(tmp_path):
+    best = {"steps": [2, 2]}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, make_state(), extra=best)
+        best["steps"][0] = 4  # before the background thread has written anything
+        assert checkpoints.restore(make_state())[1] == {"steps": [2, 2]}
+
+
 @pytest.mark.parametrize("last_call", [1, 2])
 def test_a_save_that_is_no_longer_allowed_neither_counts_nor_removes_others(tmp_path, last_call):
     calls = []
