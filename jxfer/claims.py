@@ -34,7 +34,7 @@ BEAT_SECS = 10.0
 STALE_SECS = 60.0
 """A claim that was not touched for so long is free, by the clock that stamps the files there."""
 
-_WORKER, _FREE = "worker-", "{}"
+_WORKER, _PROBE, _FREE = "worker-", ".now-", "{}"
 _GONE = (errno.ENOENT, errno.ESTALE)
 
 
@@ -254,6 +254,7 @@ def workers(folder: Path) -> list[Holder]:
     with _reaching(folder):
         folder.mkdir(exist_ok=True)
         now = _now(folder)
+        _clear_probes(folder, now)
         for name, generation in _newest(folder).items():
             if name.startswith(_WORKER):
                 path = folder / f"{name}.{generation}"
@@ -335,11 +336,19 @@ def _now(folder: Path) -> float:
 
     Making a file also has a network file system forget what it remembers of the folder.
     """
-    probe = folder / f".now-{uuid.uuid4().hex}"
+    probe = folder / f"{_PROBE}{uuid.uuid4().hex}"
     with probe.open("w") as file:
         now = os.fstat(file.fileno()).st_mtime
     probe.unlink()
     return now
+
+
+def _clear_probes(folder: Path, now: float) -> None:
+    """Removes what processes left that were killed while they asked for the time."""
+    for probe in folder.glob(f"{_PROBE}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if now - probe.stat().st_mtime > STALE_SECS:
+                probe.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -159,6 +159,9 @@ def _claim(experiment: Experiment, directory: Path) -> None:
     # A start that failed before any run leaves nothing worth keeping, and must not stand in the corrected one's way.
     begun = any((directory / name).exists() for name in ("results.jsonl", "runs", "source"))
     others = claims.workers(claims_of(directory))
+    if not others:
+        for leftover in directory.glob(".*.tmp"):  # of `write_file`, in a process that was killed
+            leftover.unlink(missing_ok=True)
     old = read_json(record, {}) if begun or others else {}
     if old and (differences := _differences(old, settings)):
         holds = "holds" if begun else f"is where {others[0]} begins"

@@ -1,0 +1,179 @@
+"""An ablation in processes that kill themselves at named moments, and what must hold of the files they leave.
+
+All are forked from one process that has imported jxfer and started nothing, so that a start costs little.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import runs
+
+from jxfer import checkpoint, chunks
+
+KINDS = ("train", "evaluate", "save", "final", "extract", "append", "torn", "claims", "records", "time")
+"""Where a process can be: steps, looks at validation or test, saves of checkpoints and of finished weights, storing
+features, appending to the results (`torn`: half a line), claims, the small files; `time` counts milliseconds."""
+
+CHILD = """
+import json, os, signal, sys, threading, time
+from collections import Counter
+from pathlib import Path
+
+import array_record.python.array_record_module, tensorboardX
+from orbax.checkpoint import v1
+from jxfer import ablate, directory, evaluate, extract
+from jxfer.loop import Session
+from jxfer.overrides import load_experiment
+from jxfer.session import prepare_jax
+
+OUT, seen = "", Counter()
+extract.CHUNK_SECS = 0.0
+
+def pass_by(kind):
+    seen[kind] += 1
+    if kind == what and seen[kind] == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def watch_files(event, args):
+    if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.utime", "shutil.rmtree"):
+        return
+    path = os.fsdecode(args[0]) if isinstance(args[0], (str, bytes)) else ""
+    if event == "open" and (args[1] or "r").startswith("r") and not (args[2] or 0) & os.O_CREAT:
+        return
+    if "/features/" in path:
+        pass_by("extract")
+    elif OUT and path.startswith(OUT):
+        inside = path.removeprefix(OUT)
+        known = {"/checkpoints/final": "final", "/checkpoints/": "save", "results.jsonl": "append", "claims": "claims"}
+        pass_by(next((kind for part, kind in known.items() if part in inside), "records"))
+
+def progress(what, done, total):
+    if "shots" in what and "features" not in what:
+        pass_by("train")
+
+def watched_batches(*args, **kwargs):
+    for batch in whole_batches(*args, **kwargs):
+        pass_by("evaluate")
+        yield batch
+
+def append(out, row):
+    if what == "torn" and seen["torn"] + 1 == count:
+        with (out / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row)[:200])
+    pass_by("torn")
+    whole_append(out, row)
+
+whole_batches, evaluate.eval_batches = evaluate.eval_batches, watched_batches
+whole_append, ablate.append_result = ablate.append_result, append
+
+def run(file, out, cache):
+    os.environ["JXFER_CACHE"] = cache
+    global OUT
+    OUT = out
+    if what == "time":
+        threading.Timer(count / 1000, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    sys.addaudithook(watch_files)
+    prepare_jax()
+    ablate.ablate(load_experiment(file), Path(out), Session(progress, lambda: False), command="test")
+    return 0
+
+for line in sys.stdin:
+    file, out, cache, what, count = json.loads(line)
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            status = run(file, out, cache)
+        finally:
+            print(dict(seen), file=sys.stderr, flush=True)
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Starter:
+    """Starts the ablation of a file, one process at a time."""
+
+    process: subprocess.Popen
+    file: Path
+    errors: Path
+
+    def start(self, out: Path, cache: Path, what: str = "nothing", count: int = 0) -> bool:
+        """Runs the ablation until it ends or is killed at the `count`th moment of a kind; tells whether it ended."""
+        self.process.stdin.write(json.dumps([str(self.file), str(out), str(cache), what, count]) + "\n")
+        self.process.stdin.flush()
+        status = self.process.stdout.readline().strip()
+        assert status in ("0", str(-signal.SIGKILL)), self.errors.read_text()
+        return status == "0"
+
+
+@contextlib.contextmanager
+def starter(file: Path, errors: Path, xla: Path) -> Iterator[Starter]:
+    """Lends what starts processes that share compiled programs in `xla`."""
+    own = {"JAX_COMPILATION_CACHE_DIR": str(xla), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    own |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with errors.open("w") as stderr:
+        environment = {**os.environ, "XLA_FLAGS": "", **own}
+        process = subprocess.Popen([sys.executable, "-c", CHILD], env=environment, stderr=stderr, **pipes)
+        with process:
+            yield Starter(process, file, errors)
+            process.stdin.close()
+
+
+def assert_whole(*folders: Path) -> None:
+    """Asserts that every file that killed processes left can be read, and that none of theirs lies about."""
+    for path in [path for folder in folders for path in folder.rglob("*")]:
+        assert not {".tmp", ".unfinished"} & set(path.suffixes), path
+        assert not path.name.startswith(".now-"), path
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        if path.suffix == ".jsonl":
+            assert all(map(json.loads, path.read_text().splitlines())), path
+        if path.suffix == chunks.SUFFIX:
+            chunk = chunks.open_chunk(path)
+            row_bytes = len(chunk.reader.read([0])[0]) - 4  # and a checksum
+            assert chunk.read(np.arange(len(chunk.names)), row_bytes)[1].all(), path
+        if path.name == "final" and path.parent.name == "checkpoints":
+            assert [each.name for each in path.parent.glob("final*")] == ["final"]
+            _load(path)
+        if path.name.isdigit() and path.parents[1].name == "checkpoints":
+            steps = checkpoint.Checkpoints(path).steps()
+            assert len(list(path.iterdir())) <= len(steps) + 1, "the next save would have removed more"
+            for step in steps:
+                _load(path / str(step))
+
+
+def assert_same(out: Path, expected: Path) -> None:
+    """Asserts the results of an undisturbed ablation: rows, weights and predictions."""
+    rows, others = (list(map(runs.timeless, runs.rows_on_disk(each))) for each in (out, expected))
+    assert [row["seed"] for row in rows] == [row["seed"] for row in others]
+    for row, other in zip(rows, others, strict=True):
+        assert {name: (row[name], other[name]) for name in other if row[name] != other[name]} == {}
+    for final in expected.glob("**/checkpoints/final"):
+        arrays, others = (checkpoint.load_arrays(each / final.relative_to(expected))[0] for each in (out, expected))
+        assert {path: value.tobytes() for path, value in arrays.items()} == {
+            path: value.tobytes() for path, value in others.items()
+        }
+    for file in expected.glob("**/predictions.npz"):
+        with np.load(out / file.relative_to(expected)) as arrays, np.load(file) as others:
+            assert all(np.array_equal(arrays[name], others[name]) for name in others)
+
+
+def _load(directory: Path) -> None:
+    saved, key = checkpoint._read_manifest(directory)["arrays"], jax.random.key(0).dtype
+    template = {
+        path: jax.ShapeDtypeStruct(array["shape"], key if "key" in array["dtype"] else jnp.dtype(array["dtype"]))
+        for path, array in saved.items()
+    }
+    checkpoint._read(directory, saved, template, what=str(directory))
