@@ -17,6 +17,7 @@ import numpy as np
 from jxfer import claims, config, data, distributed
 from jxfer.claims import Claim
 from jxfer.config import Experiment
+from jxfer.peak import describe_peak
 from jxfer.task import load_data
 from jxfer.typing import InputError
 
@@ -127,6 +128,7 @@ def versions(command: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "device": f"{len(devices)} × {devices[0].device_kind}",
+        "peak": describe_peak(devices),
         "processes": str(distributed.count()),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",

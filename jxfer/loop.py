@@ -52,8 +52,15 @@ class Window:
     """Name -> float, or [V] of a population."""
     examples_per_sec: float
     """The time that hooks other than those of every step take does not count."""
+    steps_per_sec: float
+    """In the same time."""
     input_wait: float
     """Share of that time in which the device had nothing to do, because the next batch was not there yet."""
+
+    def speed(self, step_flops: float, *, peak: float | None) -> dict[str, float]:
+        """Returns what a row of the log says of how fast the window was; `mfu` where the peak in FLOP/s is known."""
+        said = {"examples_per_sec": self.examples_per_sec, "input_wait": self.input_wait}
+        return said if peak is None else said | {"mfu": step_flops * self.steps_per_sec / peak}
 
 
 def train(
@@ -187,7 +194,7 @@ class _Windows:
         means["grad_norm"] = sums["grad_norm"] / len(rows)
         metrics = {name: float(value) if np.ndim(value) == 0 else value for name, value in means.items()}
         waited = min(self._full_waited_secs / secs, 1.0)
-        self._on_window(Window(rows[-1][0], metrics, float(np.max(counts)) / secs, waited))
+        self._on_window(Window(rows[-1][0], metrics, float(np.max(counts)) / secs, len(rows) / secs, waited))
 
 
 def _done(steps: Sequence[tuple[int, Metrics]]) -> bool:

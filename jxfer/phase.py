@@ -24,6 +24,7 @@ from jxfer.logs import LogRow, Row
 from jxfer.loop import Hook, Session, Window, check_finite, train
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Audit, Partition, fingerprint
+from jxfer.peak import peak_flops
 from jxfer.plan import PlannedPhase, cost_of_phase, phase_steps, prepare_images, start_phase
 from jxfer.sharding import make_mesh, num_batch_shards, share_of, spanning
 from jxfer.state import Fixed, TrainState, init_state, place_state
@@ -65,6 +66,11 @@ class Context:
     log: LogRow
     title: str
     """Names the run in progress bars."""
+
+    @property
+    def peak(self) -> float | None:
+        """FLOP/s of all devices together, where they are stated."""
+        return peak_flops(self.mesh.devices.flat, self.experiment.model.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +124,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
             device_batches(context, planned, splits.train, index, start=int(state.step)),
             num_steps=planned.num_steps,
             log_every=experiment.train.log_every,
-            on_window=functools.partial(_log_window, context, planned),
+            on_window=functools.partial(_log_window, context, planned, cost),
             hooks=keeper.hooks(),
             on_stop=keeper.stop,
             should_stop=context.session.should_stop,
@@ -328,11 +334,6 @@ def log_row(context: Context, planned: PlannedPhase, step: int, split: str) -> R
     return {"step": step, "phase": planned.phase.name, "variant": context.variant, "split": split}
 
 
-def speed(window: Window) -> dict[str, float]:
-    """Returns what a row of the log says of how fast a window was."""
-    return {"examples_per_sec": window.examples_per_sec, "input_wait": window.input_wait}
-
-
-def _log_window(context: Context, planned: PlannedPhase, window: Window) -> None:
+def _log_window(context: Context, planned: PlannedPhase, cost: Cost, window: Window) -> None:
     row = log_row(context, planned, window.step, "train")
-    context.log(row | window.metrics | speed(window))
+    context.log(row | window.metrics | window.speed(cost.step_flops, peak=context.peak))

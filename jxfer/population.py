@@ -29,7 +29,6 @@ from jxfer.phase import (
     device_batches,
     log_row,
     rank,
-    speed,
     store_features,
 )
 from jxfer.plan import POPULATION, PlannedPhase, phase_steps, start_population
@@ -84,7 +83,7 @@ def run_population(
             batches(start=int(population.step)),
             num_steps=planned.num_steps,
             log_every=context.experiment.train.log_every,
-            on_window=keeper.log_window,
+            on_window=functools.partial(keeper.log_window, together),
             hooks=keeper.hooks(),
             on_stop=keeper.stop,
             should_stop=context.session.should_stop,
@@ -187,12 +186,12 @@ class _Keeper:
                 self.best_steps[variant], self.best_metrics[variant] = step, own
         self.best_arrays = _choose(better, self._worth_keeping(population), self.best_arrays)
 
-    def log_window(self, window: Window) -> None:
+    def log_window(self, cost: Cost, window: Window) -> None:
         for variant, context in enumerate(self._contexts):
             if variant not in self.failures:
                 own = {name: float(value[variant]) for name, value in window.metrics.items()}
                 row = log_row(context, self._planned, window.step, "train")
-                context.log(row | own | speed(window))
+                context.log(row | own | window.speed(cost.step_flops, peak=context.peak))
 
     def stop(self, step: int, population: Population) -> None:
         """Saves the population with the best of each variant."""

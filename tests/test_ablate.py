@@ -184,6 +184,7 @@ def test_a_directory_holds_what_the_report_needs(experiment, finished):
     assert classes == {"source": list(runs.SOURCE_CLASSES), "target": list(runs.TARGET_CLASSES)}
     made_with = json.loads((finished / "versions.json").read_text())
     assert made_with["command"] == "jxfer ablate tiny"
+    assert made_with["peak"] == "none stated for cpu"
     assert {"python", "jax", "flax", "optax", "device"} <= made_with.keys()
     with np.load(finished / "examples.npz", allow_pickle=False) as examples:
         assert examples["images"].shape[1:] == (8, 8, 1)

@@ -17,7 +17,7 @@ LAYERS = (
     ("solvers", "surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("state", "step"),
-    ("claims", "cost", "chunks", "store", "variants", "planned", "saving"),
+    ("claims", "cost", "peak", "chunks", "store", "variants", "planned", "saving"),
     ("checkpoint", "known", "source", "pretrained", "task", "plan", "evaluate"),
     ("logs", "loop", "extract", "features", "stored", "phase", "solve", "equivalence", "population"),
     ("search", "measure"),

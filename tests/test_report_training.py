@@ -16,6 +16,7 @@ from jxfer.report.costs import pareto_front
 from jxfer.report.details import comparison_table
 from jxfer.report.directory import read_directory
 from jxfer.report.results import Summary, collect
+from jxfer.report.speed import speed_table
 from jxfer.report.training import choices_table, learning_curves, settings_of
 
 
@@ -115,3 +116,34 @@ def test_every_pair_is_listed_once_with_the_better_method_first(tmp_path: Path):
     assert len(table.rows) == 3
     assert all(row[2].value >= 0 for row in table.rows)
     assert [row[3].value for row in table.rows] == sorted(row[3].value for row in table.rows)
+
+
+def _write_windows(directory: Path, run: str, windows: list[dict[str, Any]]) -> None:
+    path = directory / f"runs/{run}/metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [{"step": 25 * k, "variant": "v", "split": "train", "phase": "tune"} | w for k, w in enumerate(windows, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"split": "validation", "accuracy": 1.0}]) + "{")
+
+
+def test_the_speed_of_training_is_the_median_over_windows_by_phase(tmp_path: Path):
+    rows = [_row(seed, {"a=1": 0.5}) for seed in range(2)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "versions.json").write_text(json.dumps({"peak": "1 × 60 TFLOP/s"}))
+    assert speed_table(read_directory(tmp_path)) is None
+    probe = {"phase": "probe", "examples_per_sec": 90_000.0, "input_wait": 0.75}
+    for seed, speeds in enumerate(((100.0, 900.0), (2000.0,))):
+        windows = [{"examples_per_sec": speed, "input_wait": speed / 1e4, "mfu": speed / 1e3} for speed in speeds]
+        _write_windows(tmp_path, f"m-shots1-seed{seed}", [probe, *windows])
+    table = speed_table(read_directory(tmp_path))
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["m", "probe", "2", "90 k", "75.0", "–"],
+        ["m", "tune", "3", "900", "9.0", "90.0"],
+    ]
+    assert "1 × 60 TFLOP/s" in table.note
+
+
+def test_without_a_known_peak_there_is_no_column_of_it(tmp_path: Path):
+    (tmp_path / "results.jsonl").write_text(json.dumps(_row(0, {"a=1": 0.5})) + "\n")
+    _write_windows(tmp_path, "m-shots1-seed0", [{"examples_per_sec": 10.0, "input_wait": 0.0}])
+    table = speed_table(read_directory(tmp_path))
+    assert table.header[-1] == "Waits for input %"

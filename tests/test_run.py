@@ -305,6 +305,23 @@ def test_a_run_leaves_its_resolved_config_and_logs(experiment, sources, tmp_path
     assert list(tmp_path.glob("events.*"))
 
 
+def test_the_log_has_the_share_of_the_peak_that_the_devices_are_known_to_have(
+    experiment, sources, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        "jxfer.phase.peak_flops", lambda devices, dtype: asked.append((len(list(devices)), dtype)) or 1e12
+    )
+    row, _ = run_method(experiment, methods.linear_probe, tmp_path, sources)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    windows = [r for r in logged if r["split"] == "train"]
+    assert windows
+    for window in windows:
+        steps_per_sec = window["examples_per_sec"] / experiment.train.batch_size
+        assert window["mfu"] == pytest.approx(row["step_flops"] * steps_per_sec / 1e12)
+    assert set(asked) == {(len(jax.devices()), "float32")}
+
+
 def test_the_hash_of_a_config_changes_with_what_changes_results_and_nothing_else(experiment):
     job = Job(experiment, methods.linear_probe, 3, 0)
     other_grid = runs.with_methods(experiment, methods.scratch, shots=(1, 3), seeds=9, wandb=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jxfer.report import breakdown, calibration, costs, curves, details, pictures, style, tables, training
+from jxfer.report import breakdown, calibration, costs, curves, details, pictures, speed, style, tables, training
 from jxfer.report.confusions import confusions, shown_examples
 from jxfer.report.differences import differences_figure
 from jxfer.report.directory import Material
@@ -98,6 +98,8 @@ def _training(material: Material) -> tuple[Block, ...]:
     for name, shots in zip(("settings", "settings_most"), extremes(material.results), strict=False):
         if figure := training.settings_figure(material.results, shots, looks, name=name):
             blocks.append(figure)
+    if table := speed.speed_table(material):
+        blocks += [Text("How fast it trained", tone="best"), table]
     return tuple(blocks)
 
 
