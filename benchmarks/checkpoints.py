@@ -83,7 +83,7 @@ def probe_bytes(setting: Setting) -> tuple[int, int]:
     after = {path: value + 1 if path.startswith("head/") else value for path, value in before.items()}
     source = Source(before, tuple("abcdefghij"), "hash")
     sizes = []
-    for arrays in (after, delta(after, source)):
+    for arrays in (after, delta(after, source)[0]):
         with tempfile.TemporaryDirectory() as folder:
             save_arrays(Path(folder) / "final", arrays, metadata={"paths": list(after)})
             sizes.append(sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()))

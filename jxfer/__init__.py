@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from jxfer.partition import Partition
     from jxfer.pretrained import load
     from jxfer.sharding import make_mesh, put_batch
-    from jxfer.state import init_state, merge_state, place_state
+    from jxfer.state import hold_frozen, init_state, merge_state, place_state
     from jxfer.step import make_eval_step, make_train_step
     from jxfer.typing import InputError
 
@@ -19,6 +19,7 @@ __all__ = [
     "Partition",
     "__version__",
     "config",
+    "hold_frozen",
     "init_state",
     "load",
     "make_eval_step",
@@ -38,6 +39,7 @@ __all__ = [
 _HOME = {
     "InputError": "typing",
     "Partition": "partition",
+    "hold_frozen": "state",
     "init_state": "state",
     "load": "pretrained",
     "make_eval_step": "step",

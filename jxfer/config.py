@@ -13,6 +13,7 @@ from jxfer.typing import InputError
 Schedule = Literal["constant", "cosine", "linear"]
 OptimizerName = Literal["sgd", "adamw", "lamb", "lion"]
 DType = Literal["float32", "bfloat16"]
+FrozenDType = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,9 @@ class TrainConfig:
     """Largest global norm of the gradients of what moves; None does not clip."""
     num_microbatches: int = 1
     """Gradient accumulation: the batch is processed in this many equal parts before one update."""
+    frozen_dtype: FrozenDType = "float32"
+    """Type in which frozen kernels and embeddings are held. Fewer bits round them once when a phase begins: what is
+    then trained on, measured, stored and saved is the rounded model."""
     ema_decay: float | None = None
     """Evaluate an exponential moving average of what moves; None keeps none."""
     label_smoothing: float = 0.0

@@ -67,8 +67,9 @@ def measure(
         "data": config.to_dict(dataclasses.replace(job.experiment.target, sample_rate=sample_rate)),
     }
     if job.experiment.save == "delta" and source is not None:
-        metadata |= {"paths": list(arrays), "base": base_record(job.experiment, source, directory)}
-        arrays = delta(distributed.fetch(arrays), source)
+        whole, dtype = distributed.fetch(arrays), job.experiment.train.frozen_dtype
+        arrays, rounds = delta(whole, source, dtype)
+        metadata |= {"paths": list(whole), "base": base_record(job.experiment, source, directory, rounds=rounds)}
     if task.input == "text" and distributed.is_main():
         (directory / "tokenizer.json").write_text(data.tokenizer_json(job.experiment.target))
     checkpoint.save_arrays(directory / "checkpoints" / "final", arrays, metadata=metadata)

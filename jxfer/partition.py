@@ -377,8 +377,10 @@ def _copy(model: nnx.Module) -> nnx.Module:
 
 
 def _digest(value: Any) -> str:
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
-    digest = hashlib.blake2b(f"{value.dtype}{value.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(distributed.fetch(value)).data)
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(value):  # of what is held in fewer bits there are two
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(distributed.fetch(leaf)).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -18,9 +18,10 @@ from jxfer.models.stages import pack
 from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
+from jxfer.rounding import held_bytes
 from jxfer.saving import with_saving
 from jxfer.source import check_source
-from jxfer.state import Fixed, Population, TrainState, init_population, init_state
+from jxfer.state import Fixed, Population, TrainState, hold_frozen, init_population, init_state
 from jxfer.step import (
     EvalStep,
     FromStage,
@@ -67,11 +68,21 @@ class Plan:
             "params_total": planned.partition.params_total,
             "params_trainable": planned.partition.params_trainable,
             **dataclasses.asdict(cost),
+            "frozen_dtype": self.train.frozen_dtype,
+            "frozen_bytes": held_bytes(planned.partition, self.train.frozen_dtype),
+            "frozen_bytes_saved": self._bytes_saved(planned.partition),
             "frozen_boundary": planned.boundary,
             "features": planned.why,
             "population": population.to_json(),
             "leaves": [self._leaf_json(planned.partition, leaf) for leaf in planned.partition.leaves],
         }
+
+    def _bytes_saved(self, partition: Partition) -> int:
+        return held_bytes(partition, "float32") - held_bytes(partition, self.train.frozen_dtype)
+
+    def _frozen_line(self, partition: Partition) -> str:
+        size, dtype = held_bytes(partition, self.train.frozen_dtype), self.train.frozen_dtype
+        return f"frozen parameters in {dtype}: {size:,} bytes, {self._bytes_saved(partition):,} fewer than in float32"
 
     def _leaf_json(self, partition: Partition, leaf: Any) -> dict[str, Any]:
         rate, decay = partition.scales(leaf)
@@ -98,6 +109,7 @@ class Plan:
                 f"one {'step' if planned.phase.solver is None else 'iteration'}: "
                 f"{cost.step_flops:,.0f} FLOPs, {cost.temp_bytes:,} temporary bytes; "
                 f"optimizer state: {cost.optimizer_bytes:,} bytes",
+                *([self._frozen_line(planned.partition)] if self.train.frozen_dtype != "float32" else []),
                 f"features: {planned.why}",
                 *([f"variants: {population}"] if sum(population.parts) > 1 else []),
                 "",
@@ -148,7 +160,7 @@ def start_phase(
     opt_state = optim.set_hyperparams(
         state.opt_state, learning_rate=train.learning_rate, weight_decay=train.weight_decay
     )
-    return dataclasses.replace(state, opt_state=opt_state), fixed
+    return dataclasses.replace(state, opt_state=opt_state), hold_frozen(fixed, train.frozen_dtype)
 
 
 def start_population(
@@ -173,6 +185,7 @@ def start_population(
         weight_decay=np.asarray([variant.train.weight_decay for variant in filled]),
     )
     state = dataclasses.replace(population.state, opt_state=opt_state)
+    fixed = hold_frozen(fixed, first.train.frozen_dtype)
     return dataclasses.replace(population, state=state), dataclasses.replace(fixed, numbers=_numbers(filled))
 
 
@@ -296,7 +309,8 @@ def abstract_population(
         models = [planned.partition.assemble(graphdef, arrays)] * len(searched)
         return start_population(searched, planned, models, key=jax.random.key(0))
 
-    return jax.eval_shape(build, arrays_of(model))
+    population, fixed = jax.eval_shape(build, arrays_of(model))
+    return population, hold_frozen(fixed, searched[0].train.frozen_dtype)
 
 
 def _abstract_state(
@@ -308,7 +322,8 @@ def _abstract_state(
         real = planned.partition.assemble(graphdef, arrays)
         return start_phase(experiment, method, planned, real, key=jax.random.key(0))
 
-    return jax.eval_shape(build, arrays_of(model))
+    state, fixed = jax.eval_shape(build, arrays_of(model))
+    return state, hold_frozen(fixed, experiment.train.frozen_dtype)
 
 
 def abstract_batch(experiment: Experiment, planned: PlannedPhase, model: nnx.Module, task: Task) -> Batch:

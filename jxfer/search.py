@@ -16,6 +16,7 @@ from jxfer.partition import Audit, arrays_of, fingerprint
 from jxfer.phase import Context, PhaseResult, Splits, evaluate_model, run_phase
 from jxfer.plan import PlannedPhase, abstract_cost, plan_phases, plan_population
 from jxfer.population import newest_checkpoint, run_population
+from jxfer.rounding import round_frozen
 from jxfer.sharding import make_mesh
 from jxfer.solve import solve_phase
 from jxfer.source import Source
@@ -141,6 +142,7 @@ def _train_phase(
     index: int,
 ) -> list[Candidate]:
     """Trains one phase of all variants that are left, alone or in parts as planned."""
+    candidates = _rounded(candidates, planned)
     if planned.phase.solver is not None:
         return _solve_phase(candidates, planned, splits, index)
     left = [position for position, candidate in enumerate(candidates) if candidate.error is None]
@@ -154,6 +156,20 @@ def _train_phase(
     if all(candidate.error for candidate in advanced):
         raise next(candidate.error for candidate in reversed(advanced) if candidate.error)
     return advanced
+
+
+def _rounded(candidates: Sequence[Candidate], planned: PlannedPhase) -> list[Candidate]:
+    """Rounds what the phase freezes, once for all variants that begin from the same model.
+
+    From here on that is the model: the one that is trained on, measured, compared in the audit and saved.
+    """
+    made: dict[int, nnx.Module] = {}
+    for candidate in candidates:
+        dtype, model = candidate.context.experiment.train.frozen_dtype, candidate.model
+        if id(model) not in made:
+            arrays = round_frozen(arrays_of(model), planned.partition, dtype)
+            made[id(model)] = model if dtype == "float32" else planned.partition.assemble(nnx.graphdef(model), arrays)
+    return [dataclasses.replace(candidate, model=made[id(candidate.model)]) for candidate in candidates]
 
 
 def _solve_phase(candidates: Sequence[Candidate], planned: PlannedPhase, splits: Splits, index: int) -> list[Candidate]:

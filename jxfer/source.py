@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 
 from jxfer import checkpoint, models, paths
-from jxfer.config import DataConfig, Experiment, ModelConfig, SourceConfig, from_dict, to_dict
+from jxfer.config import DataConfig, Experiment, FrozenDType, ModelConfig, SourceConfig, from_dict, to_dict
 from jxfer.known import RUN, known_of, namings_for, open_weights, run_directory, which_run
+from jxfer.rounding import rounded
 from jxfer.surgery.head import MLPHead, linear_head
 from jxfer.surgery.neighbours import NeighbourVotes
 from jxfer.surgery.taps import TapHead
@@ -158,25 +159,35 @@ def load_run(directory: Path, *, base: Source | None = None) -> FinishedRun:
     )
 
 
-def delta(arrays: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """Returns the arrays that differ, in any bit, from the source's of the same path."""
+def delta(
+    arrays: Mapping[str, Any], source: Source, dtype: FrozenDType = "float32"
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the arrays that are neither the source's of the same path, in every bit, nor these rounded to `dtype`.
 
-    def same(path: str, value: Any) -> bool:
-        old = source.arrays.get(path)
+    And the paths of those that are the latter.
+    """
+
+    def same(value: Any, old: Any) -> bool:
         if old is None or old.shape != value.shape or old.dtype != value.dtype:
             return False
         return np.asarray(old).tobytes() == np.asarray(value).tobytes()
 
-    return {path: value for path, value in arrays.items() if not same(path, value)}
+    differing = {path: value for path, value in arrays.items() if not same(value, source.arrays.get(path))}
+    known = {path: source.arrays[path] for path in differing if path in source.arrays}
+    rounds = tuple(path for path, old in known.items() if same(differing[path], rounded(path, old, dtype)))
+    return {path: value for path, value in differing.items() if path not in rounds}, rounds
 
 
-def base_record(experiment: Experiment, source: Source, directory: Path) -> dict[str, Any]:
+def base_record(
+    experiment: Experiment, source: Source, directory: Path, *, rounds: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Returns what the run in `directory` must remember of its base to be whole again.
 
     Args:
       experiment: resolved.
       source: the base.
       directory: of the run; a base that is a run is remembered by its place relative to it, a file by its whole path.
+      rounds: paths of the parameters that are the base's, rounded to the run's `frozen_dtype`.
     """
     weights = experiment.source.weights
     if source.directory is not None:
@@ -184,7 +195,8 @@ def base_record(experiment: Experiment, source: Source, directory: Path) -> dict
     elif str(weights).startswith("file:"):
         weights = f"file:{Path(str(weights).removeprefix('file:')).expanduser().absolute()}"
     config = dataclasses.replace(experiment.source, weights=weights)
-    return {"source": to_dict(config), "hash": source.weights_hash}
+    record = {"source": to_dict(config), "hash": source.weights_hash}
+    return record | ({"rounded": dict.fromkeys(rounds, experiment.train.frozen_dtype)} if rounds else {})
 
 
 def _fit(experiment: Experiment, num_classes: int, input_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -223,7 +235,14 @@ def _final(directory: Path, *, base: Source | None = None) -> tuple[dict[str, np
         return arrays, metadata
     found = base or _find_base(directory, metadata)
     _check_base(directory, metadata["base"], found.weights_hash)
-    return {path: np.asarray(arrays.get(path, found.arrays.get(path))) for path in metadata["paths"]}, metadata
+    rounds = metadata["base"].get("rounded", {})
+
+    def whole(path: str) -> np.ndarray:
+        if path in arrays or path not in rounds:
+            return np.asarray(arrays.get(path, found.arrays.get(path)))
+        return rounded(path, np.asarray(found.arrays[path]), rounds[path])
+
+    return {path: whole(path) for path in metadata["paths"]}, metadata
 
 
 def _find_base(directory: Path, metadata: Mapping[str, Any]) -> Source:

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jxfer.config import MeshConfig
+from jxfer.config import FrozenDType, MeshConfig
 from jxfer.partition import Partition, arrays_of, eval_graphdef
+from jxfer.rounding import expand, hold
 from jxfer.sharding import check_heads, param_specs, place, put, state_shardings
 from jxfer.typing import Arrays, PyTree
 
@@ -50,7 +52,10 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """What does not: frozen parameters and statistics, the pretrained reference of penalties, the definition."""
+    """What does not: frozen parameters and statistics, the pretrained reference of penalties, the definition.
+
+    A value of `params` is an array, or a `rounding.Held` that stands for one.
+    """
 
     params: PyTree
     variables: PyTree
@@ -110,6 +115,16 @@ def init_state(
     return state, Fixed(*_by_kind(frozen, kinds), start, definition)
 
 
+def hold_frozen(fixed: Fixed, dtype: FrozenDType) -> Fixed:
+    """Returns the fixed part with frozen kernels and embeddings rounded to a type of fewer bits; see `rounding.hold`.
+
+    The step expands them where it uses them. It works on arrays and on their shapes.
+    """
+    held = hold(fixed.params, dtype)
+    held = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, held)
+    return dataclasses.replace(fixed, params=held)
+
+
 def place_state(
     state: TrainState, fixed: Fixed, mesh: jax.sharding.Mesh, config: MeshConfig
 ) -> tuple[TrainState, Fixed]:
@@ -149,7 +164,7 @@ def place_population(
 def merge_state(state: TrainState, fixed: Fixed) -> Arrays:
     """Returns all variables of the model as one flat dict, the average in place of the parameters where one is kept."""
     moving = {**state.params, **state.ema, **state.variables}
-    return fixed.definition.partition.merge(moving, {**fixed.params, **fixed.variables})
+    return fixed.definition.partition.merge(moving, {**expand(fixed.params), **fixed.variables})
 
 
 def init_population(

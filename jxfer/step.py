@@ -17,6 +17,7 @@ import optax
 from jxfer.models.stages import run_stages, unpack
 from jxfer.objectives import Objective
 from jxfer.partition import arrays_of
+from jxfer.rounding import expand
 from jxfer.state import Definition, Fixed, Population, TrainState, merge_state
 from jxfer.typing import INPUTS, Arrays, Batch, InputError, Metrics, PyTree
 
@@ -245,7 +246,7 @@ def _accumulate(
 def _forward(apply: Apply, fixed: Fixed, params: Arrays, variables: Arrays, batch: Batch) -> tuple[jax.Array, Arrays]:
     """Runs the model in training mode and returns its outputs and the moving variables as it left them."""
     partition = fixed.definition.partition
-    arrays = partition.merge({**params, **variables}, {**fixed.params, **fixed.variables})
+    arrays = partition.merge({**params, **variables}, {**expand(fixed.params), **fixed.variables})
     model = partition.assemble(fixed.definition.train_graphdef, arrays)
     outputs = apply(model, batch)
     after = arrays_of(model)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jxfer"
 LAYERS = (
     ("typing", "xla_flags", "config", "paths", "origins", "distributed", "checks"),
     ("data", "models"),
-    ("partition", "weights", "sharding"),
+    ("partition", "weights", "sharding", "rounding"),
     ("solvers", "surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("state", "step"),
