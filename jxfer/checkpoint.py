@@ -60,6 +60,7 @@ class Checkpoints:
         *,
         metrics: Mapping[str, float] | None = None,
         extra: dict[str, Any] | None = None,
+        passing: bool = False,
         guard: Callable[[], None] = lambda: None,
     ) -> None:
         """Starts saving the state after `step` updates; the caller may donate `state` at once.
@@ -69,6 +70,8 @@ class Checkpoints:
           state: any tree of arrays, typed keys and numbers.
           metrics: decide which checkpoint is the best.
           extra: JSON-ready, and may be changed after the call; returned by `restore`.
+          passing: whether it was made where a run happened to be stopped: it does not count among those that stay, and
+            goes with the next save unless it is the best.
           guard: called before anything is written, and once more before others are removed; may raise.
 
         Raises:
@@ -78,9 +81,9 @@ class Checkpoints:
         guard()
         distributed.on_main(lambda: _make_writable(self._directory))
         flat = _flatten(state)
+        scores = {name: float(value) for name, value in (metrics or {}).items()}
         # Copied, because the caller may change what it gave while the background thread has yet to write it.
-        copied = copy.deepcopy(extra or {})
-        metadata = {"metrics": {k: float(v) for k, v in (metrics or {}).items()}, "extra": copied}
+        metadata = {"metrics": scores, "extra": copy.deepcopy(extra or {}), "passing": passing}
         manifest = {"arrays": _describe(flat), "metadata": metadata}
         directory = self._directory / str(step)
         response = _start_write(directory, flat)
@@ -115,6 +118,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Returns the newest step there is a whole checkpoint of, or None."""
         return max(self.steps(), default=None)
+
+    def go_back(self) -> int | None:
+        """Removes what is newer than the newest checkpoint that is not `passing`, and returns its step; or all."""
+        self.wait()
+        return distributed.on_main(self._remove_newest)
 
     def best(self) -> int | None:
         """Returns the step with the largest `best_metric`, or None where no checkpoint has it."""
@@ -151,12 +159,19 @@ class Checkpoints:
 
     def _prune(self) -> None:
         manifests = _manifests(self._directory)
-        keep = {str(step) for step in sorted(manifests)[-self._keep_last :]}
+        keep = {str(step) for step in [*_regular(manifests)[-self._keep_last :], max(manifests)]}
         if self._keep_best:
             keep.add(str(self._best(manifests)))
         for entry in _entries(self._directory):
             if entry.name not in keep:
                 shutil.rmtree(entry)
+
+    def _remove_newest(self) -> int | None:
+        step = max(_regular(_manifests(self._directory)), default=None)
+        for entry in _entries(self._directory):
+            if step is None or int(entry.name.split(".")[0]) > step:
+                shutil.rmtree(entry)
+        return step
 
     def _best(self, manifests: dict[int, dict[str, Any]]) -> int | None:
         values = {step: manifests[step]["metadata"]["metrics"].get(self._best_metric) for step in sorted(manifests)}
@@ -301,6 +316,11 @@ def _manifests(directory: Path) -> dict[int, dict[str, Any]]:
     """Returns the manifests of the whole checkpoints by their steps."""
     named = [entry for entry in _entries(directory) if entry.name.isdigit()]
     return {int(entry.name): manifest for entry in named if (manifest := _read_manifest(entry))}
+
+
+def _regular(manifests: Mapping[int, dict[str, Any]]) -> list[int]:
+    """Returns the steps of those that are not `passing`, ascending."""
+    return sorted(step for step, manifest in manifests.items() if not manifest["metadata"].get("passing"))
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -14,6 +14,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 OptimizerName = Literal["sgd", "adamw", "lamb", "lion"]
 DType = Literal["float32", "bfloat16"]
 FrozenDType = Literal["float32", "bfloat16", "int8"]
+NonFinite = Literal["stop", "skip", "rollback"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,9 @@ class TrainConfig:
     ema_decay: float | None = None
     """Evaluate an exponential moving average of what moves; None keeps none."""
     label_smoothing: float = 0.0
+    non_finite: NonFinite = "stop"
+    """What follows a loss or gradient that is not finite: `stop` ends the run, `skip` leaves out that step's update,
+    `rollback` goes back to the last checkpoint, or the phase's start, and on with the data in another order."""
     eval_every: int = 50
     """Optimizer steps between looks at the validation split."""
     log_every: int = 25

@@ -12,10 +12,11 @@ from flax import nnx
 
 from jxfer import data
 from jxfer.config import AugmentConfig, Experiment, Method
+from jxfer.context import Context
 from jxfer.evaluate import evaluate
 from jxfer.known import resolve
 from jxfer.loop import Session
-from jxfer.phase import EVAL_BATCH_SIZE, Context, Splits, store_features
+from jxfer.phase import EVAL_BATCH_SIZE, Splits, store_features
 from jxfer.plan import PlannedPhase, phase_steps, plan_phases, start_phase
 from jxfer.sharding import make_mesh, num_batch_shards, share_of
 from jxfer.source import read_source

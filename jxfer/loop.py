@@ -41,6 +41,8 @@ class Hook:
 
     every: int
     call: Callable[[int, Any], None]
+    checked: bool = False
+    """Whether the metrics of all steps up to this one are checked before, for which the host waits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,15 @@ class Window:
 
     step: int
     metrics: dict[str, Any]
-    """Name -> float, or [V] of a population."""
+    """Name -> float, or [V] of a population; over the steps that were not skipped, and none where all were."""
     examples_per_sec: float
     """The time that hooks other than those of every step take does not count."""
     steps_per_sec: float
     """In the same time."""
     input_wait: float
     """Share of that time in which the device had nothing to do, because the next batch was not there yet."""
+    num_skipped: int | None = None
+    """Steps whose update was left out; None where none ever is."""
 
     def speed(self, step_flops: float, *, peak: float | None) -> dict[str, float]:
         """Returns what a row of the log says of how fast the window was; `mfu` where the peak in FLOP/s is known."""
@@ -120,6 +124,8 @@ def _call_hooks(hooks: Sequence[Hook], step: int, state: Any, windows: "_Windows
     due = [hook for hook in hooks if last or step % hook.every == 0]
     with windows.paused() if any(hook.every > 1 for hook in due) else contextlib.nullcontext():
         for hook in due:
+            if hook.checked:
+                windows.check()
             hook.call(step, state)
 
 
@@ -164,6 +170,11 @@ class _Windows:
         yield
         self._start += time.perf_counter() - began
 
+    def check(self) -> None:
+        """Checks the steps so far, without ending the window."""
+        for step, metrics in distributed.fetch([*self._full, *self._filling]):
+            self._check(step, metrics)
+
     def flush(self) -> None:
         self._hand_out()
         jax.block_until_ready(self._filling)  # the time of the last window ends with its last step
@@ -188,13 +199,22 @@ class _Windows:
         secs, self._full, self._full_secs = self._full_secs, [], 0.0
         for step, metrics in rows:
             self._check(step, metrics)
-        counts = np.sum([metrics["count"] for _, metrics in rows], axis=0, dtype=np.float64)
-        sums = {name: np.sum([m[name] for _, m in rows], axis=0, dtype=np.float64) for name in rows[0][1]}
-        means = {name: value / counts for name, value in sums.items() if name not in ("count", "grad_norm")}
-        means["grad_norm"] = sums["grad_norm"] / len(rows)
-        metrics = {name: float(value) if np.ndim(value) == 0 else value for name, value in means.items()}
+        skips = "skipped" in rows[0][1]
+        kept = [metrics for _, metrics in rows if not (skips and metrics["skipped"])]
+        counts, means = _means(kept) if kept else (0.0, {})
+        num_skipped = len(rows) - len(kept) if skips else None
         waited = min(self._full_waited_secs / secs, 1.0)
-        self._on_window(Window(rows[-1][0], metrics, float(np.max(counts)) / secs, len(rows) / secs, waited))
+        examples_per_sec, steps_per_sec = float(np.max(counts)) / secs, len(rows) / secs
+        self._on_window(Window(rows[-1][0], means, examples_per_sec, steps_per_sec, waited, num_skipped))
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """Returns the number of examples of some steps, and the means of their metrics."""
+    counts = np.sum([metrics["count"] for metrics in rows], axis=0, dtype=np.float64)
+    sums = {name: np.sum([m[name] for m in rows], axis=0, dtype=np.float64) for name in rows[0] if name != "skipped"}
+    means = {name: value / counts for name, value in sums.items() if name not in ("count", "grad_norm")}
+    means["grad_norm"] = sums["grad_norm"] / len(rows)
+    return counts, {name: float(value) if np.ndim(value) == 0 else value for name, value in means.items()}
 
 
 def _done(steps: Sequence[tuple[int, Metrics]]) -> bool:
@@ -207,4 +227,4 @@ def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
     """Raises NonFiniteError if a fetched metric is NaN or infinite."""
     for name in sorted(metrics, reverse=True):  # the loss before the gradient norm, which follows from it
         if not math.isfinite(value := float(metrics[name])):
-            raise NonFiniteError(f"{name} is {value} at step {step}; try a lower learning rate or clip_norm")
+            raise NonFiniteError(f"{name} is {value} at step {step}; try a lower learning rate or clip_norm", step=step)

@@ -26,6 +26,8 @@ COSTS = (
     "step_flops",
     "train_flops",
     "steps",
+    "skipped_steps",
+    "rollbacks",
     "features",
     "audit",
 )
@@ -141,6 +143,8 @@ def costs(outcomes: list[Outcome], chosen: Outcome) -> dict[str, Any]:
         "step_flops": step_flops / num_steps if num_steps else 0.0,
         "train_flops": sum(phase.train_flops for outcome in outcomes for phase in outcome.phases) + features.flops,
         "steps": num_steps,
+        "skipped_steps": sum(phase.num_skipped for phase in phases),
+        "rollbacks": sum(phase.num_rollbacks for phase in phases),
         "features": features.to_json(),
         "audit": {
             "frozen_unchanged": not any(phase.audit.leaks for phase in phases),

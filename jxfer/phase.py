@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import hashlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,31 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jxfer import data
+from jxfer import distributed
 from jxfer.checkpoint import Checkpoints
-from jxfer.config import Experiment, Method
+from jxfer.config import Experiment
+from jxfer.context import Context, checkpoint_folder, device_batches, log_row
 from jxfer.cost import Cost
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
 from jxfer.features import Extraction, Extractor, stored_splits
-from jxfer.logs import LogRow, Row
-from jxfer.loop import Hook, Session, Window, check_finite, train
+from jxfer.loop import Hook, Window, check_finite, train
 from jxfer.objectives import classification
 from jxfer.partition import FROZEN, Audit, Partition, fingerprint
-from jxfer.peak import peak_flops
 from jxfer.plan import PlannedPhase, cost_of_phase, phase_steps, prepare_images, start_phase
-from jxfer.sharding import make_mesh, num_batch_shards, share_of, spanning
+from jxfer.sharding import make_mesh, spanning
 from jxfer.state import Fixed, TrainState, init_state, place_state
-from jxfer.step import EvalStep, make_eval_step
+from jxfer.step import EvalStep, TrainStep, make_eval_step
 from jxfer.task import load_data
-from jxfer.typing import Arrays, AuditError, Batch, InputError
+from jxfer.typing import Arrays, AuditError, NonFiniteError
 
 EVAL_BATCH_SIZE = 256
 FEATURE_BATCH_SIZE = 64
 """One size whatever a run trains with, so that rows which runs share have the same bits. On a CPU convolutions take a
 fifth longer per image in batches of 256."""
+
+MAX_SKIPPED, MAX_ROLLBACKS = 10, 3
+"""How many steps in a row may be skipped, and how often a phase may go back, before the run has failed."""
 
 _NO_OPTIMIZER = optax.identity()
 """One for all, since a program is compiled anew for what is not the same transform."""
@@ -47,30 +49,6 @@ class Splits:
 
     train: Split
     validation: Split
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every phase of a variant shares."""
-
-    experiment: Experiment
-    """With the variant's settings in `train`."""
-    method: Method
-    variant: str
-    seed: int
-    num_classes: int
-    directory: Path
-    """Of the run."""
-    mesh: jax.sharding.Mesh
-    session: Session
-    log: LogRow
-    title: str
-    """Names the run in progress bars."""
-
-    @property
-    def peak(self) -> float | None:
-        """FLOP/s of all devices together, where they are stated."""
-        return peak_flops(self.mesh.devices.flat, self.experiment.model.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +72,27 @@ class PhaseResult:
     """Of a solver: the name of every setting and how it did on validation."""
     stages: tuple[dict[str, Any], ...] = ()
     """How well a head on each stage's features alone does, where such heads were found."""
+    num_skipped: int = 0
+    """Of its steps, how many were skipped because they were not finite."""
+    num_rollbacks: int = 0
+    """How often it went back to a checkpoint or its start; `train_flops` has the steps taken in vain too."""
 
 
 def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits: Splits, *, index: int) -> PhaseResult:
     """Trains one phase from `model`, or from its newest checkpoint.
 
     Raises:
-      NonFiniteError: from the loop or from validation.
+      NonFiniteError: from the loop or from validation, or too often where `train.non_finite` lets it go on.
       AuditError: something frozen changed or something trainable never moved.
       InterruptedRun: after saving, once the session should stop.
     """
     experiment, method, mesh = context.experiment, context.method, context.mesh
     key = jax.random.fold_in(jax.random.key(context.seed), index)
-    state, fixed = start_phase(experiment, method, planned, model, key=key)
-    state, fixed = place_state(state, fixed, mesh, experiment.mesh)
+
+    def start() -> tuple[TrainState, Fixed]:
+        return place_state(*start_phase(experiment, method, planned, model, key=key), mesh, experiment.mesh)
+
+    state, fixed = start()
     before = fingerprint(all_arrays(state, fixed))
     splits, features = store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
@@ -116,19 +101,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     folder = checkpoint_folder(context.directory, context.variant, index)
     with _Keeper(context, planned, fixed, eval_step, splits.validation, folder) as keeper:
-        state = keeper.resume(state)
-        state = train(
-            train_step,
-            state,
-            fixed,
-            device_batches(context, planned, splits.train, index, start=int(state.step)),
-            num_steps=planned.num_steps,
-            log_every=experiment.train.log_every,
-            on_window=functools.partial(_log_window, context, planned, cost),
-            hooks=keeper.hooks(),
-            on_stop=keeper.stop,
-            should_stop=context.session.should_stop,
-        )
+        state = _train(context, planned, keeper, state, fixed, train_step, splits.train, index, start, cost)
     audit = planned.partition.audit(before, fingerprint(all_arrays(state, fixed)), fixed.definition.train_graphdef)
     if not audit.ok:
         raise AuditError(f"audit of phase `{planned.phase.name}`: {audit}", audit.to_json())
@@ -142,9 +115,49 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
         audit,
         cost,
         checkpoint_bytes,
-        planned.num_steps * cost.step_flops,
+        (planned.num_steps + keeper.num_retaken) * cost.step_flops,
         features,
+        num_skipped=int(state.skipped["total"]) if state.skipped else 0,
+        num_rollbacks=keeper.num_rollbacks,
     )
+
+
+def _train(
+    context: Context,
+    planned: PlannedPhase,
+    keeper: "_Keeper",
+    state: TrainState,
+    fixed: Fixed,
+    train_step: TrainStep,
+    split: Split,
+    index: int,
+    start: Callable[[], tuple[TrainState, Fixed]],
+    cost: Cost,
+) -> TrainState:
+    """Returns the state after all steps, from the newest checkpoint on, however often it is rolled back on the way."""
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    state = keeper.resume(state)
+    while True:
+        batches = device_batches(context, planned, split, index, start=int(state.step), order=keeper.num_rollbacks)
+        try:
+            return train(
+                train_step,
+                state,
+                fixed,
+                batches,
+                num_steps=planned.num_steps,
+                log_every=context.experiment.train.log_every,
+                on_window=functools.partial(_log_window, context, planned, cost),
+                hooks=keeper.hooks(),
+                on_stop=keeper.stop,
+                should_stop=context.session.should_stop,
+                check=functools.partial(_check_step, planned),
+            )
+        except NonFiniteError as error:
+            if context.experiment.train.non_finite != "rollback":
+                raise
+            why, reached = str(error), error.step  # the error itself keeps what it is about on the devices
+        state = keeper.roll_back(why, reached, template, start)
 
 
 def store_features(
@@ -183,6 +196,7 @@ class _Keeper:
         self.best_step = 0
         self.best_metrics: dict[str, float] = {}
         self.best_arrays: Arrays = {}
+        self.num_rollbacks, self.num_retaken = 0, 0
         self._context, self._planned, self._fixed = context, planned, fixed
         self._eval_step, self._validation, self._directory = eval_step, validation, directory
         self._saved_step = 0
@@ -201,9 +215,10 @@ class _Keeper:
 
     def hooks(self) -> tuple[Hook, ...]:
         train_config = self._context.experiment.train
-        hooks = [Hook(1, self._show), Hook(train_config.eval_every, self.evaluate)]
+        checked = train_config.non_finite == "rollback"  # so that whatever is saved can be gone back to
+        hooks = [Hook(1, self._show), Hook(train_config.eval_every, self.evaluate, checked)]
         if train_config.checkpoint_every is not None:
-            hooks.append(Hook(train_config.checkpoint_every, self.save))
+            hooks.append(Hook(train_config.checkpoint_every, self.save, checked))
         return tuple(hooks)
 
     def evaluate(self, step: int, state: TrainState) -> None:
@@ -224,14 +239,20 @@ class _Keeper:
             if self._context.experiment.train.checkpoint_every is not None:
                 self.save(step, state)
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, *, passing: bool = False) -> None:
         if step == self._saved_step:
             return
         self._saved_step = step
         # The newest best has the highest score, so that it stays on disk together with the newest checkpoints.
         score = {"best": float(step) if step == self.best_step else -1.0}
-        extra = {"best_step": self.best_step, "best_metrics": self.best_metrics}
-        self._checkpoints.save(step, state, metrics=score, extra=extra, guard=self._context.session.guard)
+        extra = {
+            "best_step": self.best_step,
+            "best_metrics": self.best_metrics,
+            "num_rollbacks": self.num_rollbacks,
+            "num_retaken": self.num_retaken,
+        }
+        guard = self._context.session.guard
+        self._checkpoints.save(step, state, metrics=score, extra=extra, passing=passing, guard=guard)
 
     def stop(self, step: int, state: TrainState) -> None:
         """Saves the state, and before it the best one, which no checkpoint has where none were asked for."""
@@ -239,18 +260,48 @@ class _Keeper:
             with self._open_best() as best:
                 if self.best_step not in best.steps():  # never rewrite the one that an earlier stop relies on
                     best.save(self.best_step, self.best_arrays, guard=self._context.session.guard)
-        self.save(step, state)
+        self.save(step, state, passing=True)
 
     def resume(self, state: TrainState) -> TrainState:
         """Returns the newest saved state, with the best so far remembered, or the given one where nothing is saved."""
-        if (newest := self._checkpoints.latest()) is None:
+        newest = self._checkpoints.latest()
+        self._saved_step = newest or 0
+        self.best_step, self.best_metrics, self.best_arrays = 0, {}, {}
+        if newest is None:
             return state
         resumed, extra = self._checkpoints.restore(state, step=newest)
+        self.num_rollbacks, self.num_retaken = extra.get("num_rollbacks", 0), extra.get("num_retaken", 0)
         if extra["best_step"]:
             self.best_step, self.best_metrics = extra["best_step"], extra["best_metrics"]
             self.best_arrays = self._restore_best(state)
-        self._saved_step = newest
         return resumed
+
+    def roll_back(
+        self, why: str, reached: int, template: TrainState, start: Callable[[], tuple[TrainState, Fixed]]
+    ) -> TrainState:
+        """Returns the state to go on from in another order of the data, or raises NonFiniteError after too many tries.
+
+        It is that of the last checkpoint which a run that nobody stopped has too, so that both end alike. A run that is
+        killed before its next checkpoint comes to the same error again, and back here; only checkpoints count.
+        """
+        if self.num_rollbacks == MAX_ROLLBACKS:
+            tries = f"after {MAX_ROLLBACKS} rollbacks, each to another order of the data"
+            raise NonFiniteError(f"{why} ({tries})")
+        count, retaken = self.num_rollbacks + 1, self.num_retaken
+        if self._checkpoints.go_back() is None:
+            distributed.on_main(lambda: shutil.rmtree(self._best_folder, ignore_errors=True))
+            template, _ = start()
+        state, step = self.resume(template), self._saved_step
+        self.num_rollbacks, self.num_retaken = count, retaken + reached - step
+        # The first step that is taken again: the row stays if the run is resumed from this or a later one.
+        row = log_row(self._context, self._planned, step + 1, "train")
+        self._context.log(row | {"rollbacks": count, "why": why})
+        place = f"step {step}" if step else "the phase's start"
+        self._context.session.note(
+            f"{self._context.title} · {self._planned.phase.name}: {why}; back to {place} and on with the data in "
+            f"another order ({count} of {MAX_ROLLBACKS} rollbacks)"
+        )
+        return state
 
     def _restore_best(self, state: TrainState) -> Arrays:
         if self.best_step in self._checkpoints.steps():
@@ -260,7 +311,11 @@ class _Keeper:
 
     def _open_best(self) -> Checkpoints:
         # Two, because until the state is on disk too, the newest state there goes with the best one before.
-        return Checkpoints(self._directory.with_name(f"{self._directory.name}-best"), keep_last=2, keep_best=False)
+        return Checkpoints(self._best_folder, keep_last=2, keep_best=False)
+
+    @property
+    def _best_folder(self) -> Path:
+        return self._directory.with_name(f"{self._directory.name}-best")
 
     def _worth_keeping(self, state: TrainState) -> Arrays:
         """Returns what later phases and the finished model take over; random keys start each phase anew."""
@@ -287,11 +342,6 @@ def evaluate_model(
     return evaluate(eval_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=mesh)
 
 
-def checkpoint_folder(directory: Path, variant: str, index: int) -> Path:
-    """Returns where a phase of a run keeps what it resumes from; a population has a name among the variants."""
-    return directory / "checkpoints" / variant / str(index)
-
-
 def rank(metrics: dict[str, float]) -> tuple[float, float]:
     """Returns what model selection maximises: accuracy, and at equal accuracy the lower loss."""
     return metrics["accuracy"], -metrics["loss"]
@@ -302,38 +352,18 @@ def all_arrays(state: TrainState, fixed: Fixed) -> Arrays:
     return {**state.params, **state.variables, **fixed.params, **fixed.variables}
 
 
-def device_batches(
-    context: Context, planned: PlannedPhase, split: Split, index: int, *, start: int, whole: bool = False
-) -> Iterator[Batch]:
-    """Yields the batches of a phase from step `start` on, the same for all variants of a run.
-
-    `whole`: each device gets the whole batch, not its part.
-    """
-    train_config = context.experiment.train
-    multiple = num_batch_shards(context.mesh) * train_config.num_microbatches
-    _check_padding(train_config.batch_size, multiple, planned)
-    seed = int.from_bytes(hashlib.blake2b(f"{context.seed}/{index}".encode(), digest_size=4).digest())
-    share = share_of(context.mesh, train_config.batch_size, multiple=multiple, whole=whole)
-    for batch in data.batches(split, batch_size=train_config.batch_size, seed=seed, start=start, rows=share.rows):
-        yield share.put(batch)
-
-
-def _check_padding(batch_size: int, multiple: int, planned: PlannedPhase) -> None:
-    """Refuses to pad where padded rows would count: losses mask them, batch statistics cannot."""
-    moving = [leaf.path for leaf in planned.partition.leaves if leaf.kind == "statistic" and leaf.moves]
-    if batch_size % multiple and moving:
-        near = batch_size // multiple * multiple or multiple
-        raise InputError(
-            f"train.batch_size {batch_size} is no multiple of {multiple} (devices × microbatches): padded rows would "
-            f"enter the moving statistics such as `{moving[0]}`; use {near} or {near + multiple}"
-        )
-
-
-def log_row(context: Context, planned: PlannedPhase, step: int, split: str) -> Row:
-    """Returns what every row of the log says."""
-    return {"step": step, "phase": planned.phase.name, "variant": context.variant, "split": split}
-
-
 def _log_window(context: Context, planned: PlannedPhase, cost: Cost, window: Window) -> None:
     row = log_row(context, planned, window.step, "train")
-    context.log(row | window.metrics | window.speed(cost.step_flops, peak=context.peak))
+    skipped = {} if window.num_skipped is None else {"skipped_steps": window.num_skipped}
+    context.log(row | window.metrics | window.speed(cost.step_flops, peak=context.peak) | skipped)
+
+
+def _check_step(planned: PlannedPhase, step: int, metrics: Mapping[str, Any]) -> None:
+    """Raises NonFiniteError where a step is not finite, or the last of so many that were skipped that none will be."""
+    check_finite(step, metrics)
+    in_a_row = int(metrics.get("skipped", 0))
+    if in_a_row >= min(MAX_SKIPPED, planned.num_steps):
+        raise NonFiniteError(
+            f"loss or gradients were not finite in {in_a_row} steps in a row, up to step {step}, and all were skipped; "
+            "try a lower learning rate or clip_norm, or look for what is wrong with the data"
+        )

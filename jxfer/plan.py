@@ -135,6 +135,8 @@ def phase_steps(
         (None, None) if planned.stored else (prepare_images(experiment, num_classes, train=t) for t in (True, False))
     )
     make_train, make_eval = makers
+    # Variants of a population are put aside instead, and never planned together where they would be skipped.
+    skips = {"skip_non_finite": True} if train.non_finite == "skip" and makers != POPULATION else {}
     train_step = make_train(
         objective,
         apply=apply,
@@ -142,6 +144,7 @@ def phase_steps(
         penalties=method.penalties,
         num_microbatches=train.num_microbatches,
         ema_decay=train.ema_decay,
+        **skips,
     )
     return train_step, make_eval(objective, apply=apply, prepare=eval_prepare)
 
@@ -156,7 +159,8 @@ def start_phase(
 ) -> tuple[TrainState, Fixed]:
     """Returns state and fixed part at the start of a phase, the reference being what penalties pull towards."""
     train = experiment.train
-    state, fixed = init_state(model, planned.partition, **_start(train, method, planned, key))
+    skips = train.non_finite == "skip"
+    state, fixed = init_state(model, planned.partition, skips=skips, **_start(train, method, planned, key))
     opt_state = optim.set_hyperparams(
         state.opt_state, learning_rate=train.learning_rate, weight_decay=train.weight_decay
     )
@@ -264,7 +268,7 @@ def plan_population(
 ) -> PlannedPopulation:
     """Plans which variants train a phase together, from what two of them take in memory beyond what one takes."""
     count, most = len(searched), experiment.search.population
-    why = "one variant" if count == 1 else planned.apart or ("search.population is 1" if most == 1 else None)
+    why = "one variant" if count == 1 else planned.apart or _why_apart(experiment)
     if why is not None:
         return PlannedPopulation((1,) * count, why)
     one = abstract_cost(experiment, searched[0].method, planned, model, task)
@@ -279,6 +283,13 @@ def plan_population(
     parts = parts_of(count, bytes_each=bytes_each, memory=memory, most=most)
     why = "one batch and one frozen part serve all" if len(parts) == 1 else _why_split(parts, bytes_each, memory, most)
     return PlannedPopulation(parts, why, bytes_each)
+
+
+def _why_apart(experiment: Experiment) -> str | None:
+    if experiment.search.population == 1:
+        return "search.population is 1"
+    policy = experiment.train.non_finite
+    return None if policy == "stop" else f"train.non_finite={policy} treats the steps of each by themselves"
 
 
 def _why_split(parts: Sequence[int], bytes_each: int, memory: int | None, most: int | None) -> str:

@@ -15,22 +15,13 @@ from flax import nnx
 
 from jxfer import distributed
 from jxfer.checkpoint import Checkpoints, newest_step
+from jxfer.context import Context, checkpoint_folder, device_batches, log_row
 from jxfer.cost import Cost, cost_of
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
 from jxfer.loop import Hook, Window, check_finite, train
 from jxfer.partition import Audit, fingerprint
-from jxfer.phase import (
-    EVAL_BATCH_SIZE,
-    Context,
-    PhaseResult,
-    Splits,
-    checkpoint_folder,
-    device_batches,
-    log_row,
-    rank,
-    store_features,
-)
+from jxfer.phase import EVAL_BATCH_SIZE, PhaseResult, Splits, rank, store_features
 from jxfer.plan import POPULATION, PlannedPhase, phase_steps, start_population
 from jxfer.state import Fixed, Population, member, place_population
 from jxfer.step import EvalStep

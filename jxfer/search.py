@@ -10,10 +10,11 @@ from flax import nnx
 
 from jxfer import config, distributed, logs
 from jxfer.config import Experiment, Method, ModelConfig
+from jxfer.context import Context
 from jxfer.data import Drawn
 from jxfer.loop import Session
 from jxfer.partition import Audit, arrays_of, fingerprint
-from jxfer.phase import Context, PhaseResult, Splits, evaluate_model, run_phase
+from jxfer.phase import PhaseResult, Splits, evaluate_model, run_phase
 from jxfer.plan import PlannedPhase, abstract_cost, plan_phases, plan_population
 from jxfer.population import newest_checkpoint, run_population
 from jxfer.rounding import round_frozen

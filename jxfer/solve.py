@@ -10,6 +10,7 @@ import numpy as np
 
 from jxfer import data, distributed
 from jxfer.config import Method
+from jxfer.context import Context
 from jxfer.cost import Cost
 from jxfer.data import ArraySplit, Split
 from jxfer.evaluate import evaluate
@@ -21,7 +22,6 @@ from jxfer.partition import fingerprint
 from jxfer.phase import (
     EVAL_BATCH_SIZE,
     FEATURE_BATCH_SIZE,
-    Context,
     PhaseResult,
     Splits,
     all_arrays,

@@ -47,6 +47,8 @@ class TrainState:
     opt_state: PyTree
     ema: PyTree
     key: PyTree
+    skipped: PyTree = dataclasses.field(default_factory=dict)
+    """Where such steps are skipped, how many were not finite: `in_a_row` up to now, and in `total`."""
 
 
 @jax.tree_util.register_dataclass
@@ -87,6 +89,7 @@ def init_state(
     *,
     key: jax.Array | None = None,
     ema: bool = False,
+    skips: bool = False,
     reference: tuple[str, ...] = (),
 ) -> tuple[TrainState, Fixed]:
     """Splits a model once, before the loop. What moves is copied, so the caller's model survives the donation.
@@ -97,6 +100,7 @@ def init_state(
       tx: any Optax transform over the flat dict of trainable parameters, such as `partition.optimizer(...)`.
       key: for augmentation; `jax.random.key(0)` when None.
       ema: whether to keep an average of the trainable parameters.
+      skips: whether to count steps that are skipped because they are not finite.
       reference: paths whose starting values penalties will need.
     """
     moving, frozen = partition.split(arrays_of(model))
@@ -110,6 +114,7 @@ def init_state(
         opt_state=jax.tree.map(jnp.copy, tx.init(params)),  # some keep the parameters themselves: both are donated
         ema=jax.tree.map(jnp.copy, params) if ema else {},
         key=jnp.copy(jax.random.key(0) if key is None else key),
+        skipped={name: jnp.zeros((), jnp.int32) for name in ("in_a_row", "total")} if skips else {},
     )
     start = {path: jnp.copy(params[path]) for path in reference if path in params}
     return state, Fixed(*_by_kind(frozen, kinds), start, definition)

@@ -18,7 +18,7 @@ from jxfer.models.stages import run_stages, unpack
 from jxfer.objectives import Objective
 from jxfer.partition import arrays_of
 from jxfer.rounding import expand
-from jxfer.state import Definition, Fixed, Population, TrainState, merge_state
+from jxfer.state import STACKED, Definition, Fixed, Population, TrainState, merge_state
 from jxfer.typing import INPUTS, Arrays, Batch, InputError, Metrics, PyTree
 
 Apply = Callable[[Any, Batch], jax.Array]
@@ -59,6 +59,7 @@ def make_train_step(
     penalties: tuple[Callable[[Arrays, Arrays], jax.Array], ...] = (),
     num_microbatches: int = 1,
     ema_decay: float | None = None,
+    skip_non_finite: bool = False,
 ) -> TrainStep:
     """Returns the jitted training step; equal arguments return the same one, with what it has compiled.
 
@@ -73,6 +74,9 @@ def make_train_step(
       penalties: functions of the trainable parameters and the reference, added to the loss.
       num_microbatches: parts, of equal size, whose gradients are added up before the update.
       ema_decay: of the average of the trainable parameters; the state must have been made with `ema=True`.
+      skip_non_finite: whether a step whose loss or gradient norm is not finite leaves all but the count of steps as it
+        was, bit for bit; the state must have been made with `skips=True`. Its sums in `metrics` are 0, and `skipped`
+        says how many such steps in a row there were up to this one.
     """
 
     gradients = functools.partial(_gradients, objective, apply, prepare, penalties, num_microbatches)
@@ -80,6 +84,8 @@ def make_train_step(
     def train_step(state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, variables, metrics = gradients(state, fixed, batch)
         moved = _update(state, fixed, grads, variables, ema_decay)
+        if skip_non_finite:
+            moved, metrics = _skip_non_finite(state, moved, metrics)
         return _keep_placed(moved, fixed.definition), metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -173,7 +179,24 @@ def _update(state: TrainState, fixed: Fixed, grads: Arrays, variables: Arrays, e
     updates, opt_state = fixed.definition.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema if ema_decay is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-    return TrainState(state.step + 1, params, variables, opt_state, ema, state.key)
+    return dataclasses.replace(
+        state, step=state.step + 1, params=params, variables=variables, opt_state=opt_state, ema=ema
+    )
+
+
+def _skip_non_finite(state: TrainState, moved: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+    """Returns what moved where loss and gradients are finite, and otherwise what was there before the step.
+
+    The norm tells of gradients that are not finite while the loss is. The schedule's count is part of what stays.
+    """
+    if not state.skipped:
+        raise InputError("make_train_step(skip_non_finite=True) needs a state of init_state(skips=True)")
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    kept = {name: _choose(finite, getattr(moved, name), getattr(state, name)) for name in STACKED}
+    in_a_row = jnp.where(finite, 0, state.skipped["in_a_row"] + 1)
+    skipped = {"in_a_row": in_a_row, "total": state.skipped["total"] + jnp.where(finite, 0, 1)}
+    metrics = {name: jnp.where(finite, value, jnp.zeros_like(value)) for name, value in metrics.items()}
+    return dataclasses.replace(moved, **kept, skipped=skipped), {**metrics, "skipped": in_a_row}
 
 
 def _with_numbers(objective: Any, penalties: tuple[Any, ...], numbers: Mapping[str, jax.Array]) -> tuple[Any, Any]:

@@ -49,6 +49,11 @@ class InputError(ValueError):
 class NonFiniteError(FloatingPointError):
     """A loss or gradient norm became NaN or infinite; the message names the step and the metric."""
 
+    def __init__(self, message: str, *, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
+        """The first such step, where that is known."""
+
 
 class ConvergenceError(ArithmeticError):
     """A solver stopped short of the solution at every setting; the message says how far."""

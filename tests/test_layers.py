@@ -19,7 +19,7 @@ LAYERS = (
     ("state", "step"),
     ("claims", "cost", "peak", "chunks", "store", "variants", "planned", "saving"),
     ("checkpoint", "known", "source", "pretrained", "task", "plan", "evaluate"),
-    ("logs", "loop", "extract", "features", "stored", "phase", "solve", "equivalence", "population"),
+    ("logs", "loop", "extract", "features", "stored", "context", "phase", "solve", "equivalence", "population"),
     ("search", "measure"),
     ("run", "predict", "export", "directory", "ablate"),
     ("report",),
