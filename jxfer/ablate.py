@@ -312,7 +312,7 @@ def source_model(experiment: Experiment, directory: Path, session: Session) -> S
     Raises:
       InputError: pre-training failed.
     """
-    folder = directory / "source"
+    folder, session = directory / "source", dataclasses.replace(session, trace_steps=None)
     settings = dataclasses.replace(
         experiment,
         target=experiment.source.data,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jxfer import __version__
-from jxfer.commands import Arguments, Command, help_of, overview
+from jxfer.commands import Arguments, Command, help_of, overview, print_table, whole_number
 
 if TYPE_CHECKING:
     from jxfer.config import Experiment
@@ -22,6 +22,12 @@ DONE, BAD_INPUT, RUN_FAILED, INTERRUPTED, KILLED, BROKEN_PIPE = 0, 2, 3, 75, 130
 
 SWITCHES = ("help", "json", "stablehlo", "all")
 """Options without a value."""
+
+NUMBERED = ("profile",)
+"""Options that may do without their number."""
+
+TRACED_STEPS = 10
+"""By `--profile` without a number."""
 
 LISTS_OF = ("models", "datasets", "methods", "experiments")
 
@@ -54,7 +60,7 @@ def ablate(args: Arguments) -> int:
         results = ablate.ablate(experiment, directory, session, command=args.line)
     if distributed.is_main():
         comparisons = report.build(directory)
-        _print_table(report.summary_table(results, comparisons))
+        print_table(report.summary_table(results, comparisons))
         print(f"open {directory / 'report.html'}")
     return _report_failures(results)
 
@@ -62,6 +68,7 @@ def ablate(args: Arguments) -> int:
 def run(args: Arguments) -> int:
     """Trains one cell of the grid."""
     from jxfer import ablate, distributed
+    from jxfer.report.results import run_name, run_of
     from jxfer.session import open_session
     from jxfer.typing import InputError
 
@@ -69,9 +76,13 @@ def run(args: Arguments) -> int:
         raise InputError("`jxfer run` needs `--method NAME`; `jxfer list methods` lists them")
     experiment = _experiment(args)
     directory = _directory(args, experiment)
-    cell = (args.options["method"], _shots(experiment), _whole(args, "seed", default=0))
+    cell = (args.options["method"], _shots(experiment), whole_number(args, "seed", default=0))
+    steps = whole_number(args, "profile", default=TRACED_STEPS, least=1) if "profile" in args.options else None
     with open_session() as session:
+        session = dataclasses.replace(session, trace_steps=steps)
         row = ablate.run_one(experiment, *cell, directory, session, command=args.line)
+        if steps and not list(directory.glob(f"runs/{run_name(run_of(row))}/profile")):
+            session.note("nothing was traced: the run was done before, or takes no steps; --out gives it another place")
     if row["status"] == "ok" and distributed.is_main():
         values = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
         print(f"{_title(row)}: {values} on the test split, after {row['steps']} steps in {row['seconds']:.0f} s")
@@ -159,7 +170,7 @@ def features_list(args: Arguments) -> int:
 
     del args
     if table := stored.table():
-        _print_table(table)
+        print_table(table)
     print(stored.summary())
     return DONE
 
@@ -207,7 +218,13 @@ COMMANDS = {
         run,
         "EXPERIMENT",
         "train one method at one number of shots and one seed",
-        _OUT | {"method": "NAME      which method", "seed": "N         which seed (0)"} | _PROCESSES,
+        _OUT
+        | {
+            "method": "NAME      which method",
+            "seed": "N         which seed (0)",
+            "profile": f"[STEPS]   write a trace of so many steady steps ({TRACED_STEPS}) into the run's directory",
+        }
+        | _PROCESSES,
         joins=True,
     ),
     "plan": Command(
@@ -269,7 +286,7 @@ def _dispatch(argv: list[str]) -> int:
 
     from jxfer import overrides, peers
 
-    _, options = overrides.split_options(argv[1:], SWITCHES)
+    _, options = overrides.split_options(argv[1:], SWITCHES, NUMBERED)
     with peers.together(options, _explain):
         return command.call(_arguments(name, argv, command))
 
@@ -283,7 +300,7 @@ def _arguments(name: str, argv: list[str], command: Command) -> Arguments:
     for option in (overrides.option_name(arg) for arg in argv if arg.startswith("--")):
         if f"--{option}" not in known:
             raise paths.unknown("option", f"--{option}", known)
-    operands, options = overrides.split_options(argv[len(name.split()) :], SWITCHES)
+    operands, options = overrides.split_options(argv[len(name.split()) :], SWITCHES, NUMBERED)
     if not command.least_operands <= len(operands) <= command.most_operands:
         surplus = len(operands) > command.most_operands
         words = command.operands.split()
@@ -344,22 +361,6 @@ def _shots(experiment: "Experiment") -> int | None:
         shots = ", ".join("none" if shots is None else str(shots) for shots in experiment.shots)
         raise InputError(f"experiment `{experiment.name}` has several shots ({shots}); choose with `--shots K`")
     return experiment.shots[0]
-
-
-def _whole(args: Arguments, name: str, *, default: int) -> int:
-    from jxfer.typing import InputError
-
-    value = args.options.get(name, str(default))
-    if not value.isdecimal():
-        raise InputError(f"--{name} takes a whole number, 0 or more, not `{value}`")
-    return int(value)
-
-
-def _print_table(table: Any) -> None:
-    from rich.console import Console
-
-    # A pipe has no width of its own; a table cut at 80 columns would be unreadable there.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _report_failures(results: Sequence[Mapping[str, Any]]) -> int:

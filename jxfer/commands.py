@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 # Nothing here imports jax, so that `jxfer --help` does not wait for it.
 
@@ -76,3 +78,21 @@ def help_of(name: str, command: Command) -> str:
 
         lines += ["", "and every setting of the experiment:", *overrides.settings_help()]
     return "\n".join(lines)
+
+
+def whole_number(args: Arguments, name: str, *, default: int, least: int = 0) -> int:
+    """Returns the number that an option gives; raises InputError where it is none."""
+    from jxfer.typing import InputError
+
+    value = args.options.get(name) or str(default)
+    if not value.isdecimal() or int(value) < least:
+        raise InputError(f"--{name} takes a whole number, {least} or more, not `{value}`")
+    return int(value)
+
+
+def print_table(table: Any) -> None:
+    """Prints a table, as wide as it needs to be where no terminal says otherwise."""
+    from rich.console import Console
+
+    # A pipe has no width of its own; a table cut at 80 columns would be unreadable there.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

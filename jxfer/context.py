@@ -1,5 +1,6 @@
 """What every phase of a variant shares: its settings and session, its place in the log, its batches on the devices."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -11,10 +12,11 @@ from jxfer import data
 from jxfer.config import Experiment, Method
 from jxfer.data import Split
 from jxfer.logs import LogRow, Row
-from jxfer.loop import Session
+from jxfer.loop import Hook, Session
 from jxfer.peak import peak_flops
 from jxfer.planned import PlannedPhase
 from jxfer.sharding import num_batch_shards, share_of
+from jxfer.trace import traced
 from jxfer.typing import Batch, InputError
 
 
@@ -40,6 +42,11 @@ class Context:
     def peak(self) -> float | None:
         """FLOP/s of all devices together, where they are stated."""
         return peak_flops(self.mesh.devices.flat, self.experiment.model.dtype)
+
+    def traced(self, planned: PlannedPhase, *, start: int) -> contextlib.AbstractContextManager[tuple[Hook, ...]]:
+        """Lends the hooks that trace some steps of a phase from step `start` on, where that is asked for."""
+        directory = self.directory / "profile" / planned.phase.name
+        return traced(self.session, directory, start=start, num_steps=planned.num_steps)
 
 
 def checkpoint_folder(directory: Path, variant: str, index: int) -> Path:

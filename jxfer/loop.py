@@ -33,6 +33,8 @@ class Session:
     """Called with what the user should read once."""
     guard: Callable[[], None] = lambda: None
     """Called before a run writes what counts; raises where another process has taken the run over."""
+    trace_steps: int | None = None
+    """Of how many steps of each phase a trace is written; None writes none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ def train(
     with Ahead(itertools.islice(batches, max(num_steps - start, 0))) as ahead:
         for step in range(start + 1, num_steps + 1):
             batch, waited_secs = ahead.take(windows.busy)
-            with jax.transfer_guard("disallow"):
+            with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, fixed, batch)
             windows.add(step, metrics, waited_secs, full=step % log_every == 0)
             try:

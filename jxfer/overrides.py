@@ -43,8 +43,12 @@ def load_experiment(path: str | Path) -> Experiment:
     return experiment
 
 
-def split_options(args: Sequence[str], switches: Iterable[str] = ()) -> tuple[list[str], dict[str, str]]:
+def split_options(
+    args: Sequence[str], switches: Iterable[str] = (), numbered: Iterable[str] = ()
+) -> tuple[list[str], dict[str, str]]:
     """Separates `--NAME VALUE`, `--NAME=VALUE` and the switches, which take no value, from the other arguments.
+
+    Those `numbered` are switches too, but take a number where one follows.
 
     Returns the others in order, and name -> value; the last of equal names counts.
 
@@ -59,7 +63,9 @@ def split_options(args: Sequence[str], switches: Iterable[str] = ()) -> tuple[li
             continue
         name = option_name(arg)
         _, equals, value = arg.partition("=")
-        if not equals and name not in switches:
+        if not equals and name in numbered:
+            value = rest.pop(0) if rest and rest[0].isdecimal() else ""
+        elif not equals and name not in switches:
             if not rest or rest[0].startswith("--"):
                 raise InputError(f"`{arg}` needs a value: `{arg} VALUE`")
             value = rest.pop(0)

@@ -140,19 +140,20 @@ def _train(
     while True:
         batches = device_batches(context, planned, split, index, start=int(state.step), order=keeper.num_rollbacks)
         try:
-            return train(
-                train_step,
-                state,
-                fixed,
-                batches,
-                num_steps=planned.num_steps,
-                log_every=context.experiment.train.log_every,
-                on_window=functools.partial(_log_window, context, planned, cost),
-                hooks=keeper.hooks(),
-                on_stop=keeper.stop,
-                should_stop=context.session.should_stop,
-                check=functools.partial(_check_step, planned),
-            )
+            with context.traced(planned, start=int(state.step)) as tracing:
+                return train(
+                    train_step,
+                    state,
+                    fixed,
+                    batches,
+                    num_steps=planned.num_steps,
+                    log_every=context.experiment.train.log_every,
+                    on_window=functools.partial(_log_window, context, planned, cost),
+                    hooks=(*keeper.hooks(), *tracing),
+                    on_stop=keeper.stop,
+                    should_stop=context.session.should_stop,
+                    check=functools.partial(_check_step, planned),
+                )
         except NonFiniteError as error:
             if context.experiment.train.non_finite != "rollback":
                 raise

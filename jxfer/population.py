@@ -67,19 +67,20 @@ def run_population(
     together = cost_of(train_step, population, fixed, next(batches(start=0)))
     with _Keeper(contexts, planned, population, fixed, eval_step, splits.validation, index) as keeper:
         population = keeper.resume(population)
-        population = train(
-            train_step,
-            population,
-            fixed,
-            batches(start=int(population.step)),
-            num_steps=planned.num_steps,
-            log_every=context.experiment.train.log_every,
-            on_window=functools.partial(keeper.log_window, together),
-            hooks=keeper.hooks(),
-            on_stop=keeper.stop,
-            should_stop=context.session.should_stop,
-            check=keeper.check,
-        )
+        with context.traced(planned, start=int(population.step)) as tracing:
+            population = train(
+                train_step,
+                population,
+                fixed,
+                batches(start=int(population.step)),
+                num_steps=planned.num_steps,
+                log_every=context.experiment.train.log_every,
+                on_window=functools.partial(keeper.log_window, together),
+                hooks=(*keeper.hooks(), *tracing),
+                on_stop=keeper.stop,
+                should_stop=context.session.should_stop,
+                check=keeper.check,
+            )
     left = [variant for variant in range(num_variants) if variant not in keeper.failures]
     audit = _audit(planned, frozen, start, population, fixed, left)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(population)) // population.alive.shape[0]

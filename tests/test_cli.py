@@ -101,6 +101,10 @@ def test_the_version_names_what_it_runs_on(capsys):
         (["run", "trial.py"], "`jxfer run` needs `--method NAME`"),
         (["run", "trial.py", "--method", "scratch", "--shots", "1,2"], "has several shots (1, 2); choose"),
         (["run", "trial.py", "--method", "scratch", "--seed", "x"], "--seed takes a whole number, 0 or more, not `x`"),
+        (
+            ["run", "trial.py", "--method", "scratch", "--profile=0"],
+            "--profile takes a whole number, 1 or more",
+        ),
         (["plan", "trial.py", "--jsn"], "unknown option `--jsn`; nearest: `--json`"),
         (["plan", "trial.py", "--method", "scrach"], "unknown method `scrach`; nearest: `scratch`"),
         (["report", "nowhere"], "no directory `nowhere`"),
@@ -182,6 +186,15 @@ def test_the_options_of_run_reach_it(trial, monkeypatch, capsys):
     assert (
         capsys.readouterr().out == "scratch · 1 shots · seed 0: accuracy 0.5 on the test split, after 4 steps in 1 s\n"
     )
+
+
+@pytest.mark.parametrize(("args", "steps"), [([], None), (["--profile"], cli.TRACED_STEPS), (["--profile", "3"], 3)])
+def test_profile_takes_a_number_or_does_without(trial, monkeypatch, capsys, args, steps):
+    seen = []
+    monkeypatch.setattr(ablate, "run_one", lambda *args, **kwargs: seen.append(args[-1]) or row())
+    assert main(["run", "--method", "scratch", *args, "trial.py"]) == 0
+    assert seen[0].trace_steps == steps
+    assert ("nothing was traced" in capsys.readouterr().err) == bool(args), "run_one did nothing"
 
 
 @pytest.mark.parametrize(
