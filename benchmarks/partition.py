@@ -2,7 +2,8 @@
 
     python benchmarks/partition.py [--rounds N] [--quick]
 
-About 7 minutes on 2 CPU cores that also do other work. Every training step clips its gradients and reports their norm.
+Last, on a CPU, what the flag gains that jxfer starts XLA with: two processes, one with it and one without, take turns.
+About 10 minutes on 2 CPU cores that also do other work. Every training step clips its gradients and reports their norm.
 Frozen layers normalise by their stored statistics, also where everything is differentiated and then masked, so that
 differentiation is all that differs.
 """
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from children import child, serve
 from flax import nnx
 from timing import Ratio, interleave, machine, ratio, table
 
@@ -28,12 +30,16 @@ from jxfer.partition import FROZEN, Partition, arrays_of, eval_graphdef
 from jxfer.state import init_state
 from jxfer.step import make_train_step
 from jxfer.typing import Arrays, Batch, Metrics
+from jxfer.xla_flags import NO_YNN_FUSION, is_known
 
 # A rate so small that thousands of steps on one batch do not fit it, which would turn gradients into denormals.
 TRAIN = TrainConfig(clip_norm=1.0, learning_rate=1e-6)
 HEAD = (("head/**", "head"), ("**", FROZEN))
 NUM_CLASSES = 10
-FORWARD = "forward only"
+FORWARD, FULL_TUNING = "forward only", "full fine-tuning"
+NO_FLAG = "--xla_force_host_platform_device_count=1"
+"""Changes nothing, but where flags are set jxfer sets none."""
+FLAG_ROUNDS = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +86,14 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="rounds per network")
     parser.add_argument("--quick", action="store_true", help="the small network and two rounds, to see that it runs")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    settings = QUICK if options.quick else FULL
+    if options.serve:
+        serve(flagged_calls(settings[0]))
+        return {}
     results = {}
-    for setting in QUICK if options.quick else FULL:
+    for setting in settings:
         setting = dataclasses.replace(setting, rounds=options.rounds or setting.rounds)
         print(f"\n{title(setting)}\n{machine()}\n", flush=True)
         results[setting.model] = measure(setting)
@@ -92,7 +103,49 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Result]]:
         f"\nLinear probe on ResNet-50: {optimizer_bytes:,} bytes of optimizer state, head {head_bytes:,} bytes:", end=""
     )
     print(f" its two AdamW moments and {optimizer_bytes - 2 * head_bytes} bytes of counters and settings.")
+    if jax.default_backend() == "cpu" and is_known(NO_YNN_FUSION):
+        gains = flag_gains(["--quick"] * options.quick, rounds=options.rounds or (2 if options.quick else FLAG_ROUNDS))
+        print(f"\n{render_gains(settings[0], gains)}")
     return results
+
+
+def flag_gains(options: list[str], *, rounds: int) -> dict[str, tuple[float, float, Ratio]]:
+    """Returns, for some ways, the seconds of a round with XLA's flag and without, and how many times as long without.
+
+    The processes are kept and take turns, so that what else the machine does meets both alike.
+    """
+    arguments = [__file__, "--serve", *options]
+    with child(arguments, XLA_FLAGS=NO_YNN_FUSION) as with_flag, child(arguments, XLA_FLAGS=NO_FLAG) as without:
+        calls = {
+            (way, call): functools.partial(call, way) for way in (FORWARD, FULL_TUNING) for call in (with_flag, without)
+        }
+        seconds = interleave(calls, rounds=rounds)
+    medians = {key: float(np.median(taken)) for key, taken in seconds.items()}
+    return {
+        way: (
+            medians[way, with_flag],
+            medians[way, without],
+            ratio(seconds[way, without], seconds[way, with_flag]),
+        )
+        for way in (FORWARD, FULL_TUNING)
+    }
+
+
+def flagged_calls(setting: Setting) -> dict[str, Callable[[], None]]:
+    """Returns what a process measures under its flags, a round each."""
+    batch = make_batch(setting)
+    ways = {FORWARD: forward_way(setting, batch), FULL_TUNING: jxfer_way(setting, batch, (("**", "all"),))}
+    return {name: functools.partial(repeat, way.step, setting.steps_per_round) for name, way in ways.items()}
+
+
+def render_gains(setting: Setting, gains: dict[str, tuple[float, float, Ratio]]) -> str:
+    """Returns the table of what the flag gains."""
+    rows = [
+        (way, *(f"{secs / setting.steps_per_round * 1e3:.2f}" for secs in (with_flag, without)), gained)
+        for way, (with_flag, without, gained) in gains.items()
+    ]
+    header = (f"step of {setting.model}", "ms with the flag", "ms without", "without / with")
+    return f"XLA_FLAGS={NO_YNN_FUSION}\n\n{table(header, rows)}"
 
 
 def measure(setting: Setting) -> dict[str, Result]:
@@ -119,7 +172,7 @@ def make_ways(setting: Setting) -> dict[str, Way]:
     last = ((f"{setting.last_stage}/**", "last"), *HEAD)
     batch = make_batch(setting)
     return {
-        "full fine-tuning": jxfer_way(setting, batch, (("**", "all"),)),
+        FULL_TUNING: jxfer_way(setting, batch, (("**", "all"),)),
         "differentiate everything, then mask": masked_way(setting, batch),
         "jxfer, last stage + head": jxfer_way(setting, batch, last),
         "jxfer, frozen backbone": jxfer_way(setting, batch, HEAD),

@@ -16,7 +16,7 @@ def set_xla_flags() -> None:
     To be called before jax starts a backend. An unknown flag would abort the process, so that the flag is set only
     where the installed jaxlib knows it.
     """
-    if not os.environ.get("XLA_FLAGS", "").strip() and _only_cpu() and _is_known(NO_YNN_FUSION):
+    if not os.environ.get("XLA_FLAGS", "").strip() and _only_cpu() and is_known(NO_YNN_FUSION):
         os.environ["XLA_FLAGS"] = NO_YNN_FUSION
 
 
@@ -27,7 +27,7 @@ def _only_cpu() -> bool:
     return not importlib.metadata.entry_points(group="jax_plugins") and not importlib.util.find_spec("libtpu")
 
 
-def _is_known(flag: str) -> bool:
+def is_known(flag: str) -> bool:
     """Whether the flag's name is in the library that reads it; to ask that library means to start a backend."""
     spec = importlib.util.find_spec("jaxlib")
     folder = Path(spec.origin).parent if spec and spec.origin else Path()

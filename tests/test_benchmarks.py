@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jxfer.xla_flags import NO_YNN_FUSION, is_known
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -25,8 +27,9 @@ def script(monkeypatch):
     return load
 
 
-def test_freezing_saves_flops_and_optimizer_state_where_masking_saves_neither(script, capsys):
+def test_freezing_saves_flops_and_optimizer_state_where_masking_saves_neither(script, capsys, monkeypatch):
     partition = script("partition")
+    monkeypatch.setattr(partition, "is_known", lambda flag: False)  # which has a test of its own
     results = partition.main(["--quick"])["convnet"]
     full, forward = results["full fine-tuning"], results[partition.FORWARD]
     masked, frozen = results["differentiate everything, then mask"], results["jxfer, frozen backbone"]
@@ -39,6 +42,41 @@ def test_freezing_saves_flops_and_optimizer_state_where_masking_saves_neither(sc
     printed = capsys.readouterr().out
     assert partition.machine().split(", load")[0] in printed
     assert all(name in printed for name in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_known(NO_YNN_FUSION), reason="this XLA has no such flag")
+def test_processes_with_and_without_the_flag_take_turns(script):
+    partition = script("partition")
+    gains = partition.flag_gains(["--quick"], rounds=2)
+    assert list(gains) == [partition.FORWARD, partition.FULL_TUNING]
+    assert all(0.2 < ratio.median < 5 for _, _, ratio in gains.values())
+    assert "ms with the flag" in partition.render_gains(partition.QUICK[0], gains)
+
+
+def test_a_child_makes_the_calls_it_is_asked_for_under_its_own_environment(script, tmp_path):
+    children = script("children")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(FOLDER)!r})\n"
+        "import children\n"
+        "note = lambda name: open(name, 'a').write(os.environ['WHO'])\n"
+        f"children.serve({{name: lambda name=name: note({str(tmp_path)!r} + '/' + name) for name in 'ab'}})\n"
+    )
+    with children.child([str(program)], WHO="1") as one, children.child([str(program)], WHO="2") as two:
+        for call, name in ((one, "a"), (two, "a"), (two, "b"), (one, "a")):
+            call(name)
+        assert {name: (tmp_path / name).read_text() for name in "ab"} == {"a": "121", "b": "2"}
+        with pytest.raises(RuntimeError, match="said '' and not 'done'"):
+            one("no such call")
+
+
+@pytest.mark.slow
+def test_a_filled_cache_of_compiled_programs_makes_the_second_command_a_quick_one(script, capfd):
+    ratios = script("startup").main(["--quick"])
+    assert ratios["convnet"].median < 0.9
+    assert "filled / empty" in capfd.readouterr().out
 
 
 def test_a_linear_probe_on_resnet50_keeps_moments_of_its_head_alone(script):

@@ -19,11 +19,11 @@ def flags_without(monkeypatch):
 
 
 def test_flags_are_set_where_the_library_knows_them(flags_without):
-    known = xla_flags._is_known(NO_YNN_FUSION)
+    known = xla_flags.is_known(NO_YNN_FUSION)
     set_xla_flags()
     assert os.environ["XLA_FLAGS"] == (NO_YNN_FUSION if known else "")
-    assert not xla_flags._is_known("--xla_cpu_no_such_flag_of_anybody=1")
-    assert xla_flags._is_known("--xla_force_host_platform_device_count=8")
+    assert not xla_flags.is_known("--xla_cpu_no_such_flag_of_anybody=1")
+    assert xla_flags.is_known("--xla_force_host_platform_device_count=8")
 
 
 def test_flags_of_the_user_stay(flags_without):
@@ -52,5 +52,5 @@ def test_xla_starts_with_the_flags_and_computes():
     )
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    expected = NO_YNN_FUSION if xla_flags._is_known(NO_YNN_FUSION) else ""
+    expected = NO_YNN_FUSION if xla_flags.is_known(NO_YNN_FUSION) else ""
     assert done.stdout.split("\n")[0].strip() == f"{expected} 3.0".strip()
