@@ -310,7 +310,7 @@ def test_the_log_has_the_share_of_the_peak_that_the_devices_are_known_to_have(
 ):
     asked = []
     monkeypatch.setattr(
-        "jxfer.phase.peak_flops", lambda devices, dtype: asked.append((len(list(devices)), dtype)) or 1e12
+        "jxfer.context.peak_flops", lambda devices, dtype: asked.append((len(list(devices)), dtype)) or 1e12
     )
     row, _ = run_method(experiment, methods.linear_probe, tmp_path, sources)
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
