@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax
 from jxfer import data
 from jxfer.config import Experiment, Method
 from jxfer.data import Split
+from jxfer.data.ahead import Ahead
 from jxfer.logs import LogRow, Row
 from jxfer.loop import Hook, Session
 from jxfer.peak import peak_flops
@@ -87,6 +89,18 @@ def device_batches(
     share = share_of(context.mesh, train_config.batch_size, multiple=multiple, whole=whole)
     for batch in data.batches(split, batch_size=train_config.batch_size, seed=seed, start=start, rows=share.rows):
         yield share.put(batch)
+
+
+def first_batch(context: Context, planned: PlannedPhase, batches: Iterator[Batch]) -> Batch:
+    """Returns the first batch of a phase, with which its step is compiled."""
+    with Ahead(itertools.islice(batches, 1), what=lambda _: batch_name(context, planned, 1)) as ahead:
+        return next(ahead)
+
+
+def batch_name(context: Context, planned: PlannedPhase, step: int) -> str:
+    """Returns what the batch of a step is called where it does not come."""
+    name = context.experiment.target.name
+    return f"the batch of '{name}' for step {step} of {context.title} · {planned.phase.name}"
 
 
 def order_seed(seed: int, index: int, order: int = 0) -> int:

@@ -32,7 +32,8 @@ def evaluate(
     pending: list[Any] = []
     fetched = []
     share = share_of(mesh, batch_size)
-    with Ahead(map(share.put, eval_batches(split, batch_size=batch_size, rows=share.rows))) as batches:
+    placed = map(share.put, eval_batches(split, batch_size=batch_size, rows=share.rows))
+    with Ahead(placed, what=lambda taken: f"the examples from '{split.ids[taken * batch_size]}' on") as batches:
         for batch in batches:
             pending.append(distributed.everywhere(eval_step(state, fixed, batch)))
             # Fetched a little late, so that the device need not wait for the host and holds few batches at a time.

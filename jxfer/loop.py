@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jxfer import distributed
-from jxfer.data.ahead import Ahead
+from jxfer.data.ahead import Ahead, GaveUp
 from jxfer.state import Fixed
 from jxfer.step import TrainStep
 from jxfer.typing import Batch, InterruptedRun, Metrics, NonFiniteError
@@ -82,6 +82,7 @@ def train(
     on_stop: Callable[[int, Any], None] = lambda step, state: None,
     should_stop: Callable[[], bool] = lambda: False,
     check: Check | None = None,
+    what: Callable[[int], str] = lambda step: f"the batch of step {step}",
 ) -> Any:
     """Steps from `state.step` to `num_steps` and returns the final state; the one given is donated.
 
@@ -95,17 +96,26 @@ def train(
       on_window: receives each window.
       hooks: called in order.
       on_stop: called with step and state before the loop gives up.
-      should_stop: asked after every step.
+      should_stop: asked after every step, and where a batch does not come for long.
       check: called with the step and the fetched metrics of every step; None is `check_finite`.
+      what: names the batch of a step where one does not come.
 
     Raises:
       NonFiniteError: a metric became NaN or infinite; the message names the first step and the metric.
       InterruptedRun: `should_stop` answered true and `on_stop` has returned.
     """
     windows, start = _Windows(on_window, check or check_finite), int(state.step)
-    with Ahead(itertools.islice(batches, max(num_steps - start, 0))) as ahead:
+    # Several processes must stop after the same step; one may stop while it waits.
+    give_up = should_stop if distributed.count() == 1 else lambda: False
+    due = itertools.islice(batches, max(num_steps - start, 0))
+    with Ahead(due, what=lambda taken: what(start + taken + 1)) as ahead:
         for step in range(start + 1, num_steps + 1):
-            batch, waited_secs = ahead.take(windows.busy)
+            try:
+                batch, waited_secs = ahead.take(windows.busy, give_up=give_up)
+            except GaveUp:
+                windows.flush()
+                on_stop(step - 1, state)
+                raise InterruptedRun(f"stopped while waiting for {what(step)}") from None
             with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, fixed, batch)
             windows.add(step, metrics, waited_secs, full=step % log_every == 0)

@@ -16,7 +16,7 @@ from flax import nnx
 from jxfer import distributed
 from jxfer.checkpoint import Checkpoints
 from jxfer.config import Experiment
-from jxfer.context import Context, checkpoint_folder, device_batches, log_row
+from jxfer.context import Context, batch_name, checkpoint_folder, device_batches, first_batch, log_row
 from jxfer.cost import Cost
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
@@ -96,7 +96,7 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     before = fingerprint(all_arrays(state, fixed))
     splits, features = store_features(context, planned, state, fixed, splits)
     train_step, eval_step = phase_steps(experiment, method, planned, context.num_classes)
-    batch = next(device_batches(context, planned, splits.train, index, start=0))
+    batch = first_batch(context, planned, device_batches(context, planned, splits.train, index, start=0))
     cost = cost_of_phase(experiment, method, planned, context.num_classes, state, fixed, batch)
     checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     folder = checkpoint_folder(context.directory, context.variant, index)
@@ -153,6 +153,7 @@ def _train(
                     on_stop=keeper.stop,
                     should_stop=context.session.should_stop,
                     check=functools.partial(_check_step, planned),
+                    what=functools.partial(batch_name, context, planned),
                 )
         except NonFiniteError as error:
             if context.experiment.train.non_finite != "rollback":

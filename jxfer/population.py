@@ -15,7 +15,7 @@ from flax import nnx
 
 from jxfer import distributed
 from jxfer.checkpoint import Checkpoints, newest_step
-from jxfer.context import Context, checkpoint_folder, device_batches, log_row
+from jxfer.context import Context, batch_name, checkpoint_folder, device_batches, first_batch, log_row
 from jxfer.cost import Cost, cost_of
 from jxfer.data import Split
 from jxfer.evaluate import evaluate
@@ -64,7 +64,7 @@ def run_population(
     splits, features = store_features(context, planned, member(population, 0), fixed, splits)
     train_step, eval_step = phase_steps(context.experiment, context.method, planned, context.num_classes, POPULATION)
     batches = functools.partial(device_batches, context, planned, splits.train, index, whole=spread)
-    together = cost_of(train_step, population, fixed, next(batches(start=0)))
+    together = cost_of(train_step, population, fixed, first_batch(context, planned, batches(start=0)))
     with _Keeper(contexts, planned, population, fixed, eval_step, splits.validation, index) as keeper:
         population = keeper.resume(population)
         with context.traced(planned, start=int(population.step)) as tracing:
@@ -80,6 +80,7 @@ def run_population(
                 on_stop=keeper.stop,
                 should_stop=context.session.should_stop,
                 check=keeper.check,
+                what=functools.partial(batch_name, context, planned),
             )
     left = [variant for variant in range(num_variants) if variant not in keeper.failures]
     audit = _audit(planned, frozen, start, population, fixed, left)

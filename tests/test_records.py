@@ -1,18 +1,21 @@
 """TFDS data sets: our own ones prepared without TensorFlow, other people's found on disk, and what is said if not."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jxfer.config import DataConfig
+from jxfer.data import Subset, batches, load_dataset, names
 from jxfer.data import dataset as dataset_module
-from jxfer.data import load_dataset, names
 from jxfer.data.prepare import cache_dir
-from jxfer.data.records import load_records
+from jxfer.data.records import _record, load_records
 from jxfer.typing import InputError
 
 
@@ -168,6 +171,37 @@ def test_a_damaged_image_is_named(digits_folder, monkeypatch, num_good):
     monkeypatch.setattr("jxfer.data.records.decode", decode_the_first_only)
     with pytest.raises(InputError, match=r"mine/1.0.0' is damaged \(the image of example train/0000000 cannot be read"):
         load_dataset(DataConfig(name=f"tfds:{digits_folder}"))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "removed"])
+def test_the_damaged_record_is_named_with_its_file(digits_folder, damage):
+    (file,) = digits_folder.glob("*array_record*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    if damage == "removed":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    with pytest.raises(InputError, match=rf"\(record \d+ of '{file.name}': .+\); prepare it again$") as caught:
+        load_dataset(DataConfig(name=f"tfds:{digits_folder}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_damaged_while_a_run_reads_is_named_too(digits_folder, monkeypatch):
+    monkeypatch.setattr("jxfer.data.records.MEMORY_BYTES", 0)
+    split = load_dataset(DataConfig(name=f"tfds:{digits_folder}")).splits["train"]
+    (file,) = digits_folder.glob("*array_record*")
+    os.truncate(file, 100_000)
+    name = f"example 'train/0001700' of '{digits_folder}' cannot be read: record 1700 of '{file.name}'"
+    with pytest.raises(InputError, match=rf"^{re.escape(name)}.+; prepare it again"):
+        next(batches(Subset(split, np.array([1700])), batch_size=1, seed=0))
+
+
+def test_records_are_counted_file_by_file():
+    files = SimpleNamespace(filenames=["a", "b", "c"], shard_lengths=[3, 0, 2])
+    builder = SimpleNamespace(info=SimpleNamespace(splits={"train": files}))
+    named = [_record(builder, "train", index) for index in (0, 2, 3, 4)]
+    assert named == ["record 0 of 'a'", "record 2 of 'a'", "record 0 of 'c'", "record 1 of 'c'"]
 
 
 def test_a_format_that_needs_tensorflow_is_refused_with_the_conversion(digits_folder):

@@ -164,6 +164,8 @@ def test_what_does_not_fit_is_one_line(tmp_path, text, message):
     ("text", "message"),
     [
         ('{"text": "x", "label": "a"}\n{"text": "x"\n', r"line 2: .*each line must be one JSON object"),
+        ('{"text": "x", "label": "a"}\n' + "[" * 100_000, r"line 2: .*recursion.*each line must be one JSON object"),
+        ('{"text": "x", "label": ' + "9" * 5000 + "}", r"line 1: Exceeds the limit.*each line must be one JSON object"),
         ('["x", "a"]\n', r"line 1: no object but"),
         ('{"text": ["x"], "label": "a"}\n', r"line 1: `text` is no text or number"),
         ('{"text": "x", "label": "a"}\n{"text": null, "label": "a"}\n', r"line 2, has no column `text`"),

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from jxfer.data.stall import reading
 from jxfer.typing import HostBatch, Input, InputError
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
@@ -67,6 +68,9 @@ class LazySplit:
     labels: np.ndarray
     example_at: Callable[[int], np.ndarray]
     input: Input = "image"
+    where: str = ""
+    """The folder or file that the ids are relative to, for messages."""
+    remedy: str = "mend or remove it"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,10 +80,12 @@ class LazySplit:
         return {self.input: np.stack([self._example(int(i)) for i in indices]), "label": self.labels[indices]}
 
     def _example(self, index: int) -> np.ndarray:
+        name = f"example '{self.ids[index]}'" + (f" of '{self.where}'" if self.where else "")
         try:
-            return self.example_at(index)
+            with reading(name):
+                return self.example_at(index)
         except OSError as error:
-            raise InputError(f"example '{self.ids[index]}' cannot be read: {error}; mend or remove it") from error
+            raise InputError(f"{name} cannot be read: {error}; {self.remedy}") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -209,7 +209,9 @@ def _check_left(listing: Listing, good: list[Example], bad: list[Example]) -> No
 
 def _open_split(listing: Listing, examples: list[Example], classes: tuple[str, ...], reader: Reader) -> LazySplit:
     ids, labels = _ids_and_labels(examples, classes)
-    return LazySplit(ids, labels, lambda index: reader.read(listing.root / examples[index].name), listing.input)
+    return LazySplit(
+        ids, labels, lambda index: reader.read(listing.root / examples[index].name), listing.input, str(listing.root)
+    )
 
 
 def _ids_and_labels(examples: list[Example], classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:

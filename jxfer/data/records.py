@@ -104,8 +104,11 @@ def _builder(directory: Path) -> Any:
 
 
 def _damaged(directory: Path, error: Exception) -> InputError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return InputError(f"data set in '{directory}' is damaged ({reason}); {_remedy(directory)}")
+    return InputError(f"data set in '{directory}' is damaged ({_first_line(error)}); {_remedy(directory)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _damaged_image(split: LazySplit, index: int, directory: Path) -> InputError:
@@ -153,20 +156,44 @@ def _open_split(builder: Any, name: str, image_key: str, label_key: str, shape: 
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(split=name, decoders={image_key: tfds.decode.SkipDecoding()})
+    directory = Path(builder.data_dir)
+
+    def read(indices: range) -> list[Any]:
+        try:
+            return source.__getitems__(indices)
+        except (
+            Exception
+        ) as error:  # ArrayRecord's for a missing file and a wrong checksum, protobuf's, TFDS's, Python's
+            if len(indices) == 1:
+                raise OSError(f"{_record(builder, name, indices[0])}: {_first_line(error)}") from error
+            return [record for index in indices for record in read(range(index, index + 1))]
+
     try:
-        labels = [
-            record[label_key]
-            for start in range(0, len(source), CHUNK)
-            for record in source.__getitems__(range(start, min(start + CHUNK, len(source))))
-        ]
-    except RuntimeError as error:  # ArrayRecord's word for a missing file and a wrong checksum
-        raise _damaged(Path(builder.data_dir), error) from error
+        chunks = [read(range(start, min(start + CHUNK, len(source)))) for start in range(0, len(source), CHUNK)]
+    except OSError as error:
+        raise _damaged(directory, error) from error
+    labels = [record[label_key] for records in chunks for record in records]
     ids = np.array([f"{name}/{index:07d}" for index in range(len(labels))])
 
     def image_at(index: int) -> np.ndarray:
-        return decode(io.BytesIO(source[index][image_key]), shape)
+        (record,) = read(range(index, index + 1))
+        try:
+            return decode(io.BytesIO(record[image_key]), shape)
+        except OSError as error:
+            raise OSError(f"{_record(builder, name, index)} holds no image that can be decoded ({error})") from error
 
-    return LazySplit(ids, np.array(labels, np.int32), image_at)
+    split_labels = np.array(labels, np.int32)
+    return LazySplit(ids, split_labels, image_at, where=str(directory), remedy=_remedy(directory))
+
+
+def _record(builder: Any, split: str, index: int) -> str:
+    """Names a record of a split: its number in its file, from 0 on."""
+    info = builder.info.splits[split]
+    for file, count in zip(info.filenames, info.shard_lengths, strict=True):
+        if index < count:
+            return f"record {index} of '{file}'"
+        index -= count
+    return f"record {index} of split {split}"
 
 
 def _labelled(split: LazySplit) -> bool:

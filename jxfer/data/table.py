@@ -117,8 +117,9 @@ def _json_rows(text: str, path: Path, config: DataConfig) -> Iterator[Row]:
             continue
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"'{path}', line {number}: {error.msg}; each line must be one JSON object") from error
+        except (ValueError, RecursionError) as error:  # the latter of brackets in brackets, thousands deep
+            reason = getattr(error, "msg", str(error))
+            raise InputError(f"'{path}', line {number}: {reason}; each line must be one JSON object") from error
         if not isinstance(values, dict):
             raise InputError(f"'{path}', line {number}: no object but {line.strip()[:40]}; write {{\"column\": value}}")
         wanted = (*config.text_columns, config.label_column, SPLIT, FILE)
