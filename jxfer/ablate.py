@@ -21,6 +21,7 @@ from jxfer.directory import (
     claims_of,
     read_json,
     read_results,
+    reporting,
     save_examples,
     save_plans,
     versions,
@@ -118,7 +119,7 @@ def _run_all(
     check(experiment)
     experiment = resolve(experiment)
     jobs = [dataclasses.replace(job, experiment=experiment) for job in jobs]
-    with contextlib.ExitStack() as stack:
+    with reporting(directory), contextlib.ExitStack() as stack:
         distributed.on_main(lambda: stack.enter_context(claimed(experiment, directory)))
         needs_source = any(job.method.start == "source" for job in jobs)
         given = _given_source(experiment) if needs_source else None

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,6 +77,7 @@ class Checkpoints:
 
         Raises:
           InputError: the directory cannot be written; or what an earlier save raised.
+          OSError: from an earlier save, as on a full disk; the checkpoints before it are whole.
         """
         self.wait()
         guard()
@@ -151,7 +153,7 @@ class Checkpoints:
         self.close()
 
     def _finish(self, response: Any, directory: Path, manifest: dict[str, Any], guard: Callable[[], None]) -> None:
-        response.result()
+        _await_write(response, directory)
         guard()
         if distributed.is_main():
             _write_manifest(directory, manifest)
@@ -191,10 +193,11 @@ def save_arrays(directory: Path, arrays: Mapping[str, Any], *, metadata: dict[st
 
     Raises:
       InputError: the directory cannot be written.
+      OSError: writing failed, as on a full disk.
     """
     directory = Path(directory).absolute()
     distributed.on_main(lambda: _make_writable(directory.parent))
-    _start_write(directory, dict(arrays)).result()
+    _await_write(_start_write(directory, dict(arrays)), directory)
     manifest = {"arrays": _describe(arrays), "metadata": metadata}
     distributed.on_main(lambda: _write_manifest(directory, manifest))
 
@@ -227,6 +230,25 @@ def _start_write(directory: Path, flat: Mapping[str, Any]) -> Any:
     # And of several processes' own copies it refuses those on devices; of those on hosts process 0 writes its own.
     stored = {path: leaf if _is_written_from_device(leaf) else np.array(leaf) for path, leaf in flat.items()}
     return _orbax().save_async(directory, {k: v for k, v in stored.items() if v.size}, overwrite=True)
+
+
+def _await_write(response: Any, directory: Path) -> None:
+    """Waits for Orbax; what a file system refused is an OSError, and leaves what was there before and no more."""
+    try:
+        response.result()
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else _os_error(str(error))
+        if code is None:
+            raise
+        for leftover in directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)  # a full disk has no room for half a checkpoint
+        raise OSError(code, os.strerror(code), str(directory)) from error
+
+
+def _os_error(text: str) -> int | None:
+    """Returns the number of the error of the system that TensorStore names, whose exceptions are those of a bug."""
+    found = re.search(r"os_error_code='(\d+)'", text)
+    return int(found[1]) if found else None
 
 
 def _is_written_from_device(leaf: Any) -> bool:

@@ -132,12 +132,14 @@ def predict(args: Arguments) -> int:
 
 def export(args: Arguments) -> int:
     """Writes a finished run for others to read."""
+    from jxfer.directory import reporting
     from jxfer.export import export
     from jxfer.source import load_run
 
     _prepare_jax()
-    run = load_run(Path(args.operands[0]))
-    files = export(run, Path(args.operands[1]), names=args.options.get("names"), stablehlo="stablehlo" in args.options)
+    run, folder = load_run(Path(args.operands[0])), Path(args.operands[1])
+    with reporting(folder):
+        files = export(run, folder, names=args.options.get("names"), stablehlo="stablehlo" in args.options)
     for file in files:
         print(f"{file}  {file.stat().st_size:,} bytes")
     return DONE

@@ -1,6 +1,7 @@
 """The directory of an ablation: whose it is, its results, and what the report needs besides them."""
 
 import contextlib
+import errno
 import importlib.metadata
 import io
 import json
@@ -45,6 +46,40 @@ def claimed(experiment: Experiment, directory: Path) -> Iterator[None]:
             _claim(experiment, directory)
             stack.enter_context(claims.at_work(claims_of(directory)))
         yield
+
+
+@contextlib.contextmanager
+def reporting(directory: Path) -> Iterator[None]:
+    """Turns what a file system refuses, to a run or its report, into one line on what was refused and what to do.
+
+    Raises:
+      InputError: the disk is full, read-only or out of order, or the directory is gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (advice := _advice(error, directory)) is None:
+            raise
+        raise InputError(
+            f"cannot write to '{error.filename or directory}': {error.strerror}; what was saved before is kept: "
+            f"{advice}, and run the same command again to continue"
+        ) from error
+
+
+def _advice(error: OSError, directory: Path) -> str | None:
+    """Returns what to do about an error, or None where it is not of writing to a directory."""
+    if error.errno == errno.ENOENT and not directory.is_dir():
+        return "the directory is gone; bring it back"
+    if error.filename is not None and not Path(error.filename).absolute().is_relative_to(directory.absolute()):
+        return None
+    return _ADVICE.get(error.errno or 0)
+
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN), "see to the disk or file server"),
+}
 
 
 def claims_of(directory: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ Row = dict[str, Any]
 """`step`, `phase`, `variant`, `split`, and the metrics by name."""
 
 LogRow = Callable[[Row], None]
+
+_FLUSH_SECS = 30.0
+"""How late TensorBoard sees a row at most, while there are new ones."""
 
 
 @contextlib.contextmanager
@@ -82,14 +86,23 @@ def _jsonl(directory: Path, stack: contextlib.ExitStack) -> LogRow:
 
 
 def _tensorboard(directory: Path, stack: contextlib.ExitStack) -> LogRow:
-    from tensorboardX import SummaryWriter
+    # Not through `SummaryWriter`: the thread that it hands rows to ends on a full disk, and then it waits forever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
 
-    writer = SummaryWriter(str(directory), flush_secs=30)
+    writer = EventsWriter(str(directory / "events"))
     stack.callback(writer.close)
+    flushed = time.monotonic()
 
     def log(row: Row) -> None:
+        nonlocal flushed
         for name, value in _numbers(row).items():
-            writer.add_scalar(f"{_tag(row)}/{name}", value, row["step"])
+            summary = scalar(f"{_tag(row)}/{name}", value)
+            writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
+        if time.monotonic() - flushed >= _FLUSH_SECS:
+            writer.flush()
+            flushed = time.monotonic()
 
     return log
 

@@ -191,10 +191,11 @@ class _Keeper:
         if step == self._saved_step:
             return
         self._saved_step = step
+        guard = self._contexts[0].session.guard
+        guard()
         distributed.on_main(self._write_members)
         failures = {str(variant): str(error) for variant, error in self.failures.items()}
         extra = {"best_steps": self.best_steps, "best_metrics": self.best_metrics, "failures": failures}
-        guard = self._contexts[0].session.guard
         self._checkpoints.save(step, self._saved(population), extra=extra, guard=guard)
 
     def resume(self, population: Population) -> Population:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 
@@ -17,7 +18,7 @@ from jxfer.xla_flags import set_xla_flags
 
 
 def prepare_jax() -> None:
-    """Sets XLA's flags, keeps compiled programs between processes, and silences absl's notes.
+    """Sets XLA's flags, keeps compiled programs between processes, and silences absl: what Orbax logs it raises too.
 
     Kept programs take most of the start-up away. To be called before jax starts a backend. `JAX_COMPILATION_CACHE_DIR`
     in the environment leaves the choice of what is kept, and where, to jax.
@@ -25,13 +26,21 @@ def prepare_jax() -> None:
     import absl.logging
 
     set_xla_flags()
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _print_unless_known
+    absl.logging.set_verbosity(absl.logging.FATAL)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if distributed.count() > 1:
         jax.devices()  # which all processes must ask for at once: the first would soon give up waiting for the others
+
+
+def _print_unless_known(unraisable: Any) -> None:
+    """Prints what cannot be raised, but not that TensorStore has no one to tell of other writes once one has failed."""
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """An ablation's directory: whose it is, what it was made from, and what a crash or a second process may do to it."""
 
 import dataclasses
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,23 @@ def test_a_path_that_cannot_be_a_directory_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"), directory.claimed(EXPERIMENT, tmp_path / "file"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"cannot write to '{}': No space .*: make room, and run"),
+        (OSError(errno.EROFS, "Read-only", "{}/runs/a"), r"cannot write to '{}/runs/a': Read-only.*: make it writable"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "{}/gone/x"), None),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x.png"), None),
+    ],
+)
+def test_what_the_disk_refuses_is_one_line_and_other_errors_are_what_they_were(tmp_path, error, message):
+    if error.filename:
+        error.filename = error.filename.format(tmp_path)
+    expected = InputError if message else type(error)
+    with pytest.raises(expected, match=message and message.format(*[tmp_path] * 2)), directory.reporting(tmp_path):
+        raise error
 
 
 def test_results_made_from_other_data_are_not_continued(tmp_path):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from jxfer.directory import write_file
+from jxfer.directory import reporting, write_file
 from jxfer.report.comparisons import Comparisons
 from jxfer.report.directory import read_directory
 from jxfer.report.document import Block, Document, Figure, Fold, Gallery
@@ -22,15 +22,16 @@ def build(directory: Path) -> Comparisons:
     Returns how the methods compare, which `summary_table` marks.
 
     Raises:
-      InputError: there are no finished runs, or a file of the directory cannot be understood.
+      InputError: there are no finished runs, or a file of the directory cannot be understood, or none written.
     """
     material = read_directory(directory)
     report = document(material)
-    for name, png in _pngs(report):
-        write_file(directory / f"{name}.png", png)
-    write_file(directory / "report.md", markdown(report).encode())
-    write_file(directory / "tables.tex", latex(paper_tables(material)).encode())
-    write_file(directory / "report.html", html(report).encode())
+    with reporting(directory):
+        for name, png in _pngs(report):
+            write_file(directory / f"{name}.png", png)
+        write_file(directory / "report.md", markdown(report).encode())
+        write_file(directory / "tables.tex", latex(paper_tables(material)).encode())
+        write_file(directory / "report.html", html(report).encode())
     return material.comparisons
 
 

@@ -1,4 +1,4 @@
-"""An ablation in processes that kill themselves at named moments, and what must hold of the files they leave.
+"""An ablation in processes to which something happens at named moments, and what must hold of the files they leave.
 
 All are forked from one process that has imported jxfer and started nothing, so that a start costs little.
 """
@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -25,30 +25,46 @@ KINDS = ("train", "evaluate", "save", "final", "extract", "append", "torn", "cla
 features, appending to the results (`torn`: half a line), claims, the small files; `time` counts milliseconds."""
 
 CHILD = """
-import json, os, signal, sys, threading, time
+import contextlib, errno, json, os, resource, signal, subprocess, sys, threading, time
 from collections import Counter
 from pathlib import Path
 
 import array_record.python.array_record_module, tensorboardX
 from orbax.checkpoint import v1
-from jxfer import ablate, directory, evaluate, extract
-from jxfer.loop import Session
-from jxfer.overrides import load_experiment
-from jxfer.session import prepare_jax
+from jxfer import ablate, cli, directory, evaluate, extract, report, session
 
 OUT, seen = "", Counter()
 extract.CHUNK_SECS = 0.0
 
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def fill():
+    with contextlib.suppress(OSError), open(FILLER, "wb", buffering=0) as file:
+        while file.write(bytes(1 << 16)) == 1 << 16:
+            pass
+    with contextlib.suppress(OSError), open(FILLER, "ab", buffering=0) as file:
+        while file.write(bytes(1)):
+            pass
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+def vanish():
+    os.rename(OUT, AWAY)
+
 def pass_by(kind):
     seen[kind] += 1
     if kind == what and seen[kind] == count:
-        os.kill(os.getpid(), signal.SIGKILL)
+        globals()[how]()
 
 def watch_files(event, args):
     if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.utime", "shutil.rmtree"):
         return
     path = os.fsdecode(args[0]) if isinstance(args[0], (str, bytes)) else ""
     if event == "open" and (args[1] or "r").startswith("r") and not (args[2] or 0) & os.O_CREAT:
+        return
+    if path in (FILLER, AWAY):
         return
     if "/features/" in path:
         pass_by("extract")
@@ -75,60 +91,96 @@ def append(out, row):
 
 whole_batches, evaluate.eval_batches = evaluate.eval_batches, watched_batches
 whole_append, ablate.append_result = ablate.append_result, append
+session.progress = lambda: contextlib.nullcontext(progress)
+def document(material):
+    pass_by("report")
+    return "page"
 
-def run(file, out, cache):
+report.document, report._pngs = document, lambda page: []
+report.markdown = report.latex = report.html = lambda page: page * (1 << 16)
+report.paper_tables = lambda material: "table"
+cli._print_table = report.summary_table = lambda *args: None
+
+def run(args, out, cache):
     os.environ["JXFER_CACHE"] = cache
-    global OUT
-    OUT = out
+    global OUT, FILLER, AWAY
+    OUT, FILLER, AWAY = out, out + ".filler", out + ".away"
     if what == "time":
-        threading.Timer(count / 1000, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Timer(count / 1000, kill).start()
     sys.addaudithook(watch_files)
-    prepare_jax()
-    ablate.ablate(load_experiment(file), Path(out), Session(progress, lambda: False), command="test")
-    return 0
+    return cli.main(args)
 
 for line in sys.stdin:
-    file, out, cache, what, count = json.loads(line)
+    args, out, cache, what, count, how = json.loads(line)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(out + ".filler")
+    if os.path.exists(out + ".away"):
+        os.rename(out + ".away", out)
+    if how == "readonly":
+        subprocess.run(["mount", "-o", "remount,ro", os.path.dirname(out)], check=True)
+    reading, writing = os.pipe()
     if (child := os.fork()) == 0:
+        os.dup2(writing, 2)
+        os.dup2(writing, 1)
         status = 1
         try:
-            status = run(file, out, cache)
+            status = run(args, out, cache)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
         finally:
-            print(dict(seen), file=sys.stderr, flush=True)
             os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    os.close(writing)
+    with open(reading) as pipe:
+        text = pipe.read()
+    if how == "readonly":
+        subprocess.run(["mount", "-o", "remount,rw", os.path.dirname(out)], check=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text]), flush=True)
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Starter:
-    """Starts the ablation of a file, one process at a time."""
+    """Starts `jxfer ablate` with a file, one process at a time."""
 
     process: subprocess.Popen
     file: Path
-    errors: Path
+    has_own_disk: bool
+    """Whether the processes see a file system that this one does not."""
 
-    def start(self, out: Path, cache: Path, what: str = "nothing", count: int = 0) -> bool:
-        """Runs the ablation until it ends or is killed at the `count`th moment of a kind; tells whether it ended."""
-        self.process.stdin.write(json.dumps([str(self.file), str(out), str(cache), what, count]) + "\n")
+    def sees(self, path: Path) -> Path:
+        """Returns where this process finds what those started know as `path`, on disks of their own too."""
+        return Path(f"/proc/{self.process.pid}/root{path}")
+
+    def start(
+        self, out: Path, cache: Path, what: str = "nothing", count: int = 0, *, how: str = "kill"
+    ) -> tuple[int, str]:
+        """Returns status and words of a process, to which something happens at the `count`th moment of a kind.
+
+        It is one of: `kill`; `fill` the disk of `out`, or `limit` what may be written; let `out` `vanish`; or the disk
+        is `readonly` from the beginning. The next start finds the disk as it should be.
+        """
+        args = ["ablate", str(self.file), "--out", str(out)]
+        self.process.stdin.write(json.dumps([args, str(out), str(cache), what, count, how]) + "\n")
         self.process.stdin.flush()
-        status = self.process.stdout.readline().strip()
-        assert status in ("0", str(-signal.SIGKILL)), self.errors.read_text()
-        return status == "0"
+        return tuple(json.loads(self.process.stdout.readline()))
+
+    def outlives(self, out: Path, cache: Path, what: str = "nothing", count: int = 0) -> bool:
+        """Tells whether a process ends well, or is killed before it does."""
+        status, words = self.start(out, cache, what, count)
+        assert status in (0, -signal.SIGKILL), words
+        return status == 0
 
 
 @contextlib.contextmanager
-def starter(file: Path, errors: Path, xla: Path) -> Iterator[Starter]:
-    """Lends what starts processes that share compiled programs in `xla`."""
+def starter(file: Path, xla: Path, within: Sequence[str] = ()) -> Iterator[Starter]:
+    """Lends what starts processes that share compiled programs in `xla`, by a command that all run within."""
     own = {"JAX_COMPILATION_CACHE_DIR": str(xla), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     own |= {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": str(Path(__file__).parents[1])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with errors.open("w") as stderr:
-        environment = {**os.environ, "XLA_FLAGS": "", **own}
-        process = subprocess.Popen([sys.executable, "-c", CHILD], env=environment, stderr=stderr, **pipes)
-        with process:
-            yield Starter(process, file, errors)
-            process.stdin.close()
+    environment = {**os.environ, "XLA_FLAGS": "", **own}
+    with subprocess.Popen([*within, sys.executable, "-c", CHILD], env=environment, **pipes) as process:
+        yield Starter(process, file, bool(within))
+        process.stdin.close()
 
 
 def assert_whole(*folders: Path) -> None:
