@@ -125,6 +125,9 @@ class TrainConfig:
     """Largest global norm of the gradients of what moves; None does not clip."""
     num_microbatches: int = 1
     """Gradient accumulation: the batch is processed in this many equal parts before one update."""
+    remat: bool = False
+    """Rematerialisation: keep for the backward pass only what goes into each block, and run the block again there.
+    On CPUs XLA undoes this but where blocks run as a loop (`--model.size scan=true`)."""
     frozen_dtype: FrozenDType = "float32"
     """Type in which frozen kernels and embeddings are held. Fewer bits round them once when a phase begins: what is
     then trained on, measured, stored and saved is the rounded model."""

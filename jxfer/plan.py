@@ -25,6 +25,7 @@ from jxfer.state import Fixed, Population, TrainState, hold_frozen, init_populat
 from jxfer.step import (
     EvalStep,
     FromStage,
+    Rematerialised,
     TrainStep,
     from_input,
     make_eval_step,
@@ -137,9 +138,10 @@ def phase_steps(
     make_train, make_eval = makers
     # Variants of a population are put aside instead, and never planned together where they would be skipped.
     skips = {"skip_non_finite": True} if train.non_finite == "skip" and makers != POPULATION else {}
+    first = planned.first_trained if train.remat else None
     train_step = make_train(
         objective,
-        apply=apply,
+        apply=apply if first in (None, "head") else Rematerialised(apply, first),
         prepare=train_prepare,
         penalties=method.penalties,
         num_microbatches=train.num_microbatches,

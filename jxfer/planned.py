@@ -25,6 +25,8 @@ class PlannedPhase:
     stored: bool
     """Whether the phase trains on stored activations before `boundary`."""
     why: str
+    first_trained: str | None = None
+    """The first stage with a parameter that trains, where the backward pass ends; None where no stage has one."""
     apart: str | None = None
     """Why variants cannot train this phase as one population; None where they can."""
 
@@ -48,11 +50,17 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
     for phase, start, end in zip(method.phases, [0, *ends], ends, strict=False):
         partition = _phase_partition(method, phase, model, rules, layers)
         boundary = frozen_boundary(partition, stages)
+        first = _first_trained(partition, stages)
         stored, why = (_feature_choice if phase.solver is None else _solver_choice)(experiment, boundary)
         apart = why_not_together(partition, boundary, moved) if phase.solver is None else "solved once for all"
-        planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why, apart))
+        planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why, first, apart))
         moved |= {leaf.path for leaf in partition.leaves if leaf.moves and leaf.kind != "random"}
     return tuple(planned)
+
+
+def _first_trained(partition: Partition, stages: tuple[str, ...]) -> str | None:
+    trained = {models.stage_of(leaf.path, stages) for leaf in partition.trainable}
+    return next((stage for stage in stages if stage in trained or None in trained), None)
 
 
 def _phase_partition(

@@ -50,6 +50,23 @@ class FromStage:
         return run_stages(model, unpack(batch), start=self.start)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rematerialised:
+    """Runs a staged model as `apply` does, but keeps only what goes into each block for the backward pass.
+
+    The blocks are those of the stages from `start` on: before the first stage with anything trainable there is no
+    backward pass and nothing to save.
+    """
+
+    apply: Apply
+    start: str
+
+    def __call__(self, model: Any, batch: Batch) -> jax.Array:
+        """Returns the model's outputs."""
+        model.remat = self.start
+        return self.apply(model, batch)
+
+
 @functools.lru_cache(maxsize=128)
 def make_train_step(
     objective: Objective,

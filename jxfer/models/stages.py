@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jxfer import paths
+from jxfer.models.scan import run_again, scan_blocks
 from jxfer.typing import InputError, Path, PyTree
 
 FEATURES = "features"
@@ -21,7 +22,9 @@ class Staged(Protocol):
 
     A stage is an attribute, a callable module or an `nnx.List` of blocks applied in turn, so that parameter paths read
     `layer4/0/conv1/kernel`; or one block of a list, `blocks/3`. What flows between stages is an array or a flat dict of
-    arrays. A model whose attribute `scan` is true runs consecutive blocks of a list as one loop.
+    arrays. A model whose attribute `scan` is true runs consecutive blocks of a list as one loop. One whose `remat`
+    names a stage keeps for a backward pass, from there up to the head, only what goes into each block, and runs the
+    block again for the rest (Chen et al. 2016, arXiv:1604.06174).
     """
 
     stages: tuple[str, ...]
@@ -83,19 +86,25 @@ def pool(activations: PyTree) -> jax.Array:
 
 
 def _run(model: Any, x: PyTree, names_of_all: Sequence[str]) -> PyTree:
+    again = _rematerialised(model)
     for parent, group in itertools.groupby(names_of_all, key=lambda name: name.rpartition("/")[0]):
         names = list(group)
         if parent and getattr(model, "scan", False):
-            from jxfer.models.scan import scan_blocks
-
             cuts = tuple(index for index, name in enumerate(names) if name in getattr(model, "cuts", ()))
-            x = scan_blocks([stage(model, name) for name in names], x, cuts=cuts)
+            remat = tuple(name in again for name in names)
+            x = scan_blocks([stage(model, name) for name in names], x, cuts=cuts, remat=remat)
             continue
         for name in names:
             part = stage(model, name)
             for block in part if isinstance(part, nnx.List) else (part,):
-                x = block(x)
+                x = run_again(block, x) if name in again and isinstance(block, nnx.Module) else block(x)
     return x
+
+
+def _rematerialised(model: Any) -> tuple[str, ...]:
+    """Returns the stages whose blocks run again in the backward pass; the head's would run again at once."""
+    first = getattr(model, "remat", None)
+    return () if first is None else model.stages[_index(first, model.stages) : -1]
 
 
 def stage(model: Any, name: str) -> Any:
