@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,62 @@ def test_a_child_makes_the_calls_it_is_asked_for_under_its_own_environment(scrip
         assert {name: (tmp_path / name).read_text() for name in "ab"} == {"a": "121", "b": "2"}
         with pytest.raises(RuntimeError, match="said '' and not 'done'"):
             one("no such call")
+
+
+TIMM = """
+import torch
+
+__version__ = "0"
+
+def create_model(name, *, num_classes, img_size):
+    assert name == "vit_tiny_patch16_224"
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * img_size**2, num_classes))
+"""
+"""As much of timm as the benchmark asks for."""
+
+
+def test_without_a_gpu_the_gpu_benchmark_refuses(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script("gpu").main([])
+    assert ended.value.code == 2
+    assert "no GPU: jax sees cpu; pip install" in capsys.readouterr().err
+
+
+def test_the_gpu_benchmark_measures_both_sides_by_turns(script, capsys, monkeypatch):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "ask", lambda request: gpu.answer(request))  # here, to be quick
+    pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "timm", types.ModuleType("timm"))
+    exec(TIMM, sys.modules["timm"].__dict__)
+    found = gpu.main(["--quick", "--batches", "2", "--rounds", "1"])
+    assert [(each["way"], each["batch"], len(each["seconds"])) for each in found] == [("jxfer", 2, 2), ("timm", 2, 2)]
+    assert found[0]["step_flops"] > 0
+    printed = capsys.readouterr().out
+    assert "vit_ti_16 at 16×16, bfloat16" in printed
+    assert "time / jxfer" in printed
+
+
+def test_a_process_of_the_gpu_benchmark_answers_or_says_what_is_wrong(script):
+    gpu = script("gpu")
+    assert gpu.ask({"way": "about"})["platform"] == "cpu"
+    assert gpu.ask({"way": "timm"})["error"]
+    assert "KeyError" in gpu.ask({"way": "jxfer"})["error"]
+
+
+def test_the_table_of_the_gpu_benchmark_has_images_a_second_and_the_share_of_the_peak(script):
+    gpu = script("gpu")
+    one = {"model": "m", "batch": 64}
+    rows = [
+        one | {"way": "jxfer", "seconds": [0.1, 0.3, 0.2], "step_flops": 64e9, "peak_bytes": 2**31},
+        one | {"way": "timm", "seconds": [0.4], "peak_bytes": None},
+        one | {"way": "timm compiled", "seconds": [], "error": "torch.OutOfMemoryError: CUDA out of memory."},
+    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.render(rows, 1e12).splitlines()[2:]]
+    assert lines == [
+        ["64", "jxfer", "200.00", "320", "1.000", "1.00", "0.320", "2.0"],
+        ["64", "timm", "400.00", "160", "2.000", "1.00", "0.160", "–"],
+        ["64", "timm compiled", "does not fit", "–", "–", "–", "–", "–"],
+    ]
 
 
 @pytest.mark.slow
