@@ -216,7 +216,10 @@ def final(directory):
     }
 
 
-def test_a_run_skips_counts_and_resumes_to_the_same_bits(experiment, tmp_path):
+@pytest.mark.parametrize(("devices", "num_microbatches"), [(1, 1), (4, 1), (2, 2)])
+def test_a_run_skips_counts_and_resumes_to_the_same_bits(experiment, tmp_path, monkeypatch, devices, num_microbatches):
+    runs.use_devices(monkeypatch, devices)
+    experiment = runs.with_train(experiment, num_microbatches=num_microbatches)
     num = poison_one(experiment, 5)
     experiment = runs.with_train(experiment, non_finite="skip", checkpoint_every=3)
     bad = sum(5 in batch for batch in batches_of(num, 0))
@@ -268,8 +271,11 @@ def rolling(experiment: Experiment, every: int | None) -> tuple[Experiment, int]
     return runs.with_train(experiment, non_finite="rollback", checkpoint_every=every, **settings), back[position]
 
 
-@pytest.mark.parametrize("every", [2, None])
-def test_a_run_goes_back_reorders_its_data_and_ends_the_same_however_often_it_is_stopped(experiment, tmp_path, every):
+@pytest.mark.parametrize(("every", "devices"), [(2, 1), (None, 1), (2, 4)])
+def test_a_run_goes_back_reorders_its_data_and_ends_the_same_however_often_it_is_stopped(
+    experiment, tmp_path, monkeypatch, every, devices
+):
+    runs.use_devices(monkeypatch, devices)
     experiment = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, validation_fraction=0.1))
     experiment, back = rolling(experiment, every)
     notes: list[str] = []

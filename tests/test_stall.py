@@ -1,6 +1,8 @@
 """Tests of reading that goes wrong under a run: what does not come is said and waited for, what is damaged is named."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 
 import jax.numpy as jnp
@@ -148,3 +150,19 @@ def test_an_image_damaged_under_a_run_ends_it_with_its_name(tmp_path, monkeypatc
     assert str(raised.value).endswith("; mend or remove it")
     assert "\n" not in str(raised.value)
     assert not [thread for thread in threading.enumerate() if thread.name == "jxfer-ahead"], "nothing is left behind"
+
+
+def test_a_read_that_hangs_does_not_keep_the_process_from_ending():
+    code = """
+import sys, time
+import numpy as np
+from jxfer.data import LazySplit, ahead, batches
+ahead._CLOSE_SECS = 0.2
+split = LazySplit(np.array(["a", "b"]), np.zeros(2, np.int32), lambda index: time.sleep(60))
+with ahead.Ahead(batches(split, batch_size=2, seed=0)):
+    time.sleep(0.5)
+print("left", flush=True)
+sys.exit(75)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
+    assert (ended.returncode, ended.stdout) == (75, "left\n"), ended.stderr

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from jxfer.data.stall import Wait
+from jxfer.data.stall import Wait, leave_reads
 
 Item = TypeVar("Item")
 
@@ -97,6 +97,8 @@ class Ahead(Generic[Item]):
             while not self._made.empty():
                 self._made.get_nowait()
             self._thread.join(timeout=POLL_SECS)
+        if self._thread.is_alive():
+            leave_reads()
 
     def __enter__(self) -> "Ahead[Item]":
         return self

@@ -6,8 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import thread as _pools
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from jxfer import distributed
 from jxfer.typing import InputError
@@ -34,6 +36,14 @@ def reading(what: str) -> Iterator[None]:
         yield
     finally:
         del _reading[thread]
+
+
+def leave_reads() -> None:
+    """Lets the process end although threads of pools still read: Python would wait for a disk that never answers."""
+    joined: Any = _pools._threads_queues  # at exit; there is no public way out of it
+    for worker in list(joined):
+        if worker.ident in _reading:
+            joined.pop(worker, None)
 
 
 def limit_secs() -> float:
