@@ -252,6 +252,25 @@ def test_failed_runs_are_listed_and_leave_the_means(built: Path):
     assert re.search(r"\| lp_ft \| (?:≈ )?\d+\.\d ± \d+\.\d \(n = 4\)", text)
 
 
+def test_runs_that_skipped_steps_or_went_back_are_listed(tmp_path: Path):
+    write_fake(tmp_path, methods=("partial", "scratch"), shots=(5,), seeds=2)
+    file = tmp_path / "results.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row, skipped, rollbacks in zip(rows, (0, 3, 0, 0), (0, 0, 0, 2), strict=True):
+        row |= {"skipped_steps": skipped, "rollbacks": rollbacks}
+    report.build(tmp_path)
+    assert "Steps skipped" not in (tmp_path / "report.md").read_text()
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.build(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    _, _, table = text.partition("| Steps skipped | Rollbacks |")
+    listed = [line.split(" | ") for line in table.splitlines()[2:4]]
+    expected = [(rows[1], f"3 of {rows[1]['steps']}", "0 |"), (rows[3], f"0 of {rows[3]['steps']}", "2 |")]
+    assert [(cells[0][2:], cells[2], *cells[3:]) for cells in listed] == [
+        (row["method"], str(row["seed"]), skipped, rollbacks) for row, skipped, rollbacks in expected
+    ]
+
+
 def test_building_again_gives_the_same_bytes(tmp_path: Path):
     report.build(write_fake(tmp_path, methods=("linear_probe", "scratch"), shots=(5,), seeds=2))
     before = (tmp_path / "report.html").read_bytes()

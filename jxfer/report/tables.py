@@ -83,6 +83,23 @@ def failed_table(results: Results) -> Table:
     return Table(("Method", "Examples per class", "Seed", "Error"), tuple(rows))
 
 
+def disturbed_table(results: Results) -> Table | None:
+    """The runs that skipped steps which were not finite, or went back because of one; None where there were none."""
+    disturbed = [row for row in results.rows if row.get("skipped_steps") or row.get("rollbacks")]
+    rows = [
+        (
+            Cell(row["method"]),
+            _shots_cell(row["shots"]),
+            Cell(str(row["seed"]), row["seed"]),
+            Cell(f"{row['skipped_steps']} of {row['steps']}", row["skipped_steps"]),
+            Cell(str(row["rollbacks"]), row["rollbacks"]),
+        )
+        for row in disturbed
+    ]
+    header = ("Method", "Examples per class", "Seed", "Steps skipped", "Rollbacks")
+    return Table(header, tuple(rows)) if rows else None
+
+
 def runs_table(results: Results) -> Table:
     """Every run with its accuracy, its chosen setting and the hashes of what it was made from."""
     hashes = ("config_hash", "subset_hash", "weights_hash")
