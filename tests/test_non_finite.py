@@ -297,6 +297,30 @@ def test_a_run_goes_back_reorders_its_data_and_ends_the_same_however_often_it_is
     assert len([each for each in log if "rollbacks" in each]) == 1
 
 
+class Killed(BaseException):
+    """Ends a run where it stands, with nothing saved for it."""
+
+
+def test_killed_after_any_step_a_run_that_rolls_back_ends_the_same(experiment, tmp_path):
+    experiment = dataclasses.replace(experiment, target=dataclasses.replace(experiment.target, validation_fraction=0.1))
+    experiment, _ = rolling(experiment, 2)
+    row, log = finish(experiment, tmp_path / "whole")
+    job = Job(experiment, methods.scratch, None, 0)
+    for num_steps in (1, 3, 1, 2, 3, 3):
+        left = iter(range(num_steps - 1))
+
+        def progress(what, done, total, left=left):
+            if next(left, None) is None:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(job, tmp_path / "killed", Session(progress, lambda: False), source=None)
+    again, log_again = finish(experiment, tmp_path / "killed")
+    assert runs.timeless(again) == runs.timeless(row)
+    assert final(tmp_path / "killed") == final(tmp_path / "whole")
+    assert [each for each in log_again if "rollbacks" in each] == [each for each in log if "rollbacks" in each]
+
+
 def test_a_run_that_no_order_helps_ends_after_the_tries_that_it_has(experiment, tmp_path):
     poison_one(experiment, 5)
     notes: list[str] = []
