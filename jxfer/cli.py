@@ -68,7 +68,6 @@ def ablate(args: Arguments) -> int:
 def run(args: Arguments) -> int:
     """Trains one cell of the grid."""
     from jxfer import ablate, distributed
-    from jxfer.report.results import run_name, run_of
     from jxfer.session import open_session
     from jxfer.typing import InputError
 
@@ -78,10 +77,11 @@ def run(args: Arguments) -> int:
     directory = _directory(args, experiment)
     cell = (args.options["method"], _shots(experiment), whole_number(args, "seed", default=0))
     steps = whole_number(args, "profile", default=TRACED_STEPS, least=1) if "profile" in args.options else None
+    traces = set(directory.glob(_TRACES))
     with open_session() as session:
         session = dataclasses.replace(session, trace_steps=steps)
         row = ablate.run_one(experiment, *cell, directory, session, command=args.line)
-        if steps and not list(directory.glob(f"runs/{run_name(run_of(row))}/profile")):
+        if steps and set(directory.glob(_TRACES)) == traces:
             session.note("nothing was traced: the run was done before, or takes no steps; --out gives it another place")
     if row["status"] == "ok" and distributed.is_main():
         values = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
@@ -199,6 +199,8 @@ def features_check(args: Arguments) -> int:
             failed |= not comparison.ok
     return RUN_FAILED if failed else DONE
 
+
+_TRACES = "runs/*/profile/*"
 
 _OUT = {"out": "DIR       where results are kept (out/NAME); the same DIR again continues, several at once share"}
 

@@ -203,26 +203,29 @@ def timed(step, num_steps: int, **kwargs) -> list[Window]:
 
 
 def test_input_that_is_slower_than_the_step_is_waited_for():
-    windows = timed(fake_step, 9, batches=slowly(batches(9), 0.02), log_every=3)
-    assert all(0.7 < window.input_wait <= 1 for window in windows), [window.input_wait for window in windows]
-    assert windows[1].examples_per_sec == pytest.approx((4 + 5 + 6) / 0.06, rel=0.3)
+    windows = timed(fake_step, 9, batches=slowly(batches(9), 0.05), log_every=3)
+    assert all(0.6 < window.input_wait <= 1 for window in windows), [window.input_wait for window in windows]
+    assert 0.1 < windows[1].examples_per_sec / ((4 + 5 + 6) / 0.15) < 1.2
+    assert windows[1].steps_per_sec == pytest.approx(windows[1].examples_per_sec * 3 / 15)
 
 
-def test_input_that_is_ready_before_the_device_is_not_waited_for():
-    windows = timed(heavy_step, 12, batches=slowly(batches(12), 0.001), log_every=4)
+def test_input_that_is_there_before_the_device_needs_it_is_not_waited_for():
+    (alone,) = timed(heavy_step, 8, batches=batches(8), log_every=8)
+    # The host, far ahead of the device, waits for every batch.
+    windows = timed(heavy_step, 12, batches=slowly(batches(12), 0.5 / alone.steps_per_sec), log_every=4)
     assert all(window.input_wait < 0.3 for window in windows[1:]), [window.input_wait for window in windows]
 
 
-def test_a_window_lasts_until_the_device_is_done_with_it_and_looks_do_not_count():
-    began = time.perf_counter()
-    windows = timed(heavy_step, 12, batches=batches(12), log_every=3)
-    took = time.perf_counter() - began
-    look = Hook(6, lambda step, state: time.sleep(0.5))
-    with_looks = timed(heavy_step, 12, batches=batches(12), log_every=3, hooks=(look,))
-    for each in (windows, with_looks):
-        secs = [sum(range(3 * k + 1, 3 * k + 4)) / window.examples_per_sec for k, window in enumerate(each)]
-        assert sum(secs) < took + 0.3, "of the second that the looks took, nothing"
-        assert max(secs) < 5 * min(secs), secs
+def test_a_window_lasts_until_the_device_is_done_with_it():
+    windows = timed(heavy_step, 11, batches=batches(11), log_every=3)
+    speeds = [window.steps_per_sec for window in windows]
+    assert max(speeds) < 20 * min(speeds), "no window is over when its steps are only dispatched"
+
+
+def test_the_time_of_looks_at_the_state_does_not_count():
+    look = Hook(4, lambda step, state: time.sleep(0.7))
+    windows = timed(fake_step, 12, batches=batches(12), log_every=3, hooks=(look,))
+    assert sum(3 / window.steps_per_sec for window in windows) < 0.7, "of the 2.1 s that the looks took, nothing"
 
 
 def failing_batches():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from jxfer import checkpoint, methods, run
+from jxfer import ablate, checkpoint, methods, run
 from jxfer.config import SearchConfig
 from jxfer.search import Job
 from jxfer.trace import traced
@@ -123,3 +123,16 @@ def test_a_loop_that_ends_early_leaves_the_profiler_stopped(tmp_path, monkeypatc
     with pytest.raises(InterruptedRun):
         stopped_loop()
     assert profiler.traced == [[5, 7]]
+
+
+def test_of_pre_training_there_is_no_trace(experiment, tmp_path, monkeypatch):
+    asked = []
+
+    def fake_run(job, directory, session, *, source):
+        asked.append(session.trace_steps)
+        raise InterruptedRun("enough")
+
+    monkeypatch.setattr(ablate, "run", fake_run)
+    with pytest.raises(InterruptedRun, match="enough"):
+        ablate.source_model(experiment, tmp_path, dataclasses.replace(runs.QUIET, trace_steps=2))
+    assert asked == [None]
