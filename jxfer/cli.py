@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jxfer import __version__
-from jxfer.commands import Arguments, Command, help_of, overview, print_table, whole_number
+from jxfer.commands import Arguments, Command, help_of, overview, print_table, title_of, whole_number
 
 if TYPE_CHECKING:
     from jxfer.config import Experiment
@@ -85,7 +85,7 @@ def run(args: Arguments) -> int:
             session.note("nothing was traced: the run was done before, or takes no steps; --out gives it another place")
     if row["status"] == "ok" and distributed.is_main():
         values = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
-        print(f"{_title(row)}: {values} on the test split, after {row['steps']} steps in {row['seconds']:.0f} s")
+        print(f"{title_of(row)}: {values} on the test split, after {row['steps']} steps in {row['seconds']:.0f} s")
     return _report_failures([row])
 
 
@@ -374,12 +374,8 @@ def _report_failures(results: Sequence[Mapping[str, Any]]) -> int:
     if failed and distributed.is_main():
         print(f"jxfer: {len(failed)} of {len(results)} runs failed:", file=sys.stderr)
         for row in failed:
-            print(f"  {_title(row)}: {row['error']}", file=sys.stderr)
+            print(f"  {title_of(row)}: {row['error']}", file=sys.stderr)
     return RUN_FAILED if failed else DONE
-
-
-def _title(row: Mapping[str, Any]) -> str:
-    return f"{row['method']} · {'all' if row['shots'] is None else row['shots']} shots · seed {row['seed']}"
 
 
 def _explain(error: BaseException) -> tuple[int, str] | None:

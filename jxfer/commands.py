@@ -90,6 +90,11 @@ def whole_number(args: Arguments, name: str, *, default: int, least: int = 0) ->
     return int(value)
 
 
+def title_of(row: Mapping[str, Any]) -> str:
+    """Returns the name of a run for people."""
+    return f"{row['method']} · {'all' if row['shots'] is None else row['shots']} shots · seed {row['seed']}"
+
+
 def print_table(table: Any) -> None:
     """Prints a table, as wide as it needs to be where no terminal says otherwise."""
     from rich.console import Console
