@@ -1,6 +1,7 @@
 """From a method and a model to checked phases, costed by compiling their steps before anything trains."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -10,19 +11,21 @@ import numpy as np
 from flax import nnx
 
 from jxfer import models, optim
+from jxfer.activations import Activations, activations_of
 from jxfer.config import Experiment, Method, TrainConfig
 from jxfer.cost import Cost, cost_of
 from jxfer.data import Prepare
 from jxfer.known import resolve
 from jxfer.models.stages import pack
 from jxfer.objectives import classification
-from jxfer.partition import Partition, arrays_of
+from jxfer.partition import arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
-from jxfer.rounding import held_bytes
 from jxfer.saving import with_saving
 from jxfer.source import check_source
 from jxfer.state import Fixed, Population, TrainState, hold_frozen, init_population, init_state
+from jxfer.statement import Plan
 from jxfer.step import (
+    Apply,
     EvalStep,
     FromStage,
     Rematerialised,
@@ -47,77 +50,6 @@ Makers: TypeAlias = tuple[Callable[..., TrainStep], Callable[..., EvalStep]]
 POPULATION: Makers = (make_population_step, make_population_eval_step)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The phases of a method and their costs, in order."""
-
-    method: str
-    train: TrainConfig
-    phases: tuple[tuple[PlannedPhase, Cost], ...]
-    populations: tuple[PlannedPopulation, ...] = ()
-    """Of the phases: which variants of the search train together."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns what `jxfer plan --json` prints; bytes and floating-point operations per optimizer step."""
-        return {"method": self.method, "phases": list(map(self._phase_json, self.phases, self.populations))}
-
-    def _phase_json(self, costed: tuple[PlannedPhase, Cost], population: PlannedPopulation) -> dict[str, Any]:
-        planned, cost = costed
-        return {
-            "name": planned.phase.name,
-            "steps": planned.num_steps,
-            "params_total": planned.partition.params_total,
-            "params_trainable": planned.partition.params_trainable,
-            **dataclasses.asdict(cost),
-            "frozen_dtype": self.train.frozen_dtype,
-            "frozen_bytes": held_bytes(planned.partition, self.train.frozen_dtype),
-            "frozen_bytes_saved": self._bytes_saved(planned.partition),
-            "frozen_boundary": planned.boundary,
-            "features": planned.why,
-            "population": population.to_json(),
-            "leaves": [self._leaf_json(planned.partition, leaf) for leaf in planned.partition.leaves],
-        }
-
-    def _bytes_saved(self, partition: Partition) -> int:
-        return held_bytes(partition, "float32") - held_bytes(partition, self.train.frozen_dtype)
-
-    def _frozen_line(self, partition: Partition) -> str:
-        size, dtype = held_bytes(partition, self.train.frozen_dtype), self.train.frozen_dtype
-        return f"frozen parameters in {dtype}: {size:,} bytes, {self._bytes_saved(partition):,} fewer than in float32"
-
-    def _leaf_json(self, partition: Partition, leaf: Any) -> dict[str, Any]:
-        rate, decay = partition.scales(leaf)
-        return {
-            "path": leaf.path,
-            "shape": list(leaf.shape),
-            "dtype": leaf.dtype,
-            "count": leaf.count,
-            "kind": leaf.kind,
-            "label": leaf.label,
-            "learning_rate_scale": rate,
-            "weight_decay": decay * self.train.weight_decay,
-        }
-
-    def __str__(self) -> str:
-        if not self.phases:
-            return f"{self.method}: nothing trains"
-        parts = []
-        for (planned, cost), population in zip(self.phases, self.populations, strict=True):
-            parts += [
-                f"{self.method} · phase {planned.phase.name} · {planned.num_steps} steps",
-                str(planned.partition),
-                *([] if planned.phase.solver is None else [f"solver: {planned.phase.solver}"]),
-                f"one {'step' if planned.phase.solver is None else 'iteration'}: "
-                f"{cost.step_flops:,.0f} FLOPs, {cost.temp_bytes:,} temporary bytes; "
-                f"optimizer state: {cost.optimizer_bytes:,} bytes",
-                *([self._frozen_line(planned.partition)] if self.train.frozen_dtype != "float32" else []),
-                f"features: {planned.why}",
-                *([f"variants: {population}"] if sum(population.parts) > 1 else []),
-                "",
-            ]
-        return "\n".join(parts).rstrip()
-
-
 def phase_steps(
     experiment: Experiment,
     method: Method,
@@ -131,7 +63,7 @@ def phase_steps(
     """
     train = experiment.train
     objective = classification(train.label_smoothing)
-    apply = FromStage(planned.boundary) if planned.stored and planned.boundary else from_input
+    apply = _apply(planned)
     train_prepare, eval_prepare = (
         (None, None) if planned.stored else (prepare_images(experiment, num_classes, train=t) for t in (True, False))
     )
@@ -149,6 +81,10 @@ def phase_steps(
         **skips,
     )
     return train_step, make_eval(objective, apply=apply, prepare=eval_prepare)
+
+
+def _apply(planned: PlannedPhase) -> Apply:
+    return FromStage(planned.boundary) if planned.stored and planned.boundary else from_input
 
 
 def prepare_images(experiment: Experiment, num_classes: int, *, train: bool) -> Prepare:
@@ -254,7 +190,27 @@ def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:
         for cost in [abstract_cost(experiment, method, each, model, task)]
     )
     populations = tuple(plan_population(experiment, searched, each, model, task) for each in planned)
-    return Plan(method.name, experiment.train, phases, populations)
+    activations = tuple(_activations(experiment, method, each, model, task) for each in planned)
+    return Plan(method.name, experiment.train, phases, populations, activations)
+
+
+def _activations(
+    experiment: Experiment, method: Method, planned: PlannedPhase, model: nnx.Module, task: Task
+) -> Activations | None:
+    """Predicts what one device keeps, of as many as there are here, of one microbatch of one variant."""
+    if planned.phase.solver is not None:
+        return None
+    train = experiment.train
+    num_shards = max(1, jax.device_count() // experiment.mesh.model)  # the other axes of the mesh divide the batch
+    num_rows = math.ceil(train.batch_size / (num_shards * train.num_microbatches))
+    part = dataclasses.replace(experiment, train=dataclasses.replace(train, batch_size=num_rows))
+    batch = abstract_batch(part, planned, model, task)
+    if not planned.stored:
+        prepare = prepare_images(experiment, len(task.target_classes), train=True)
+        batch = jax.eval_shape(prepare, jax.random.key(0), batch)
+    state, fixed = _abstract_state(experiment, method, planned, model)
+    objective = classification(train.label_smoothing)
+    return activations_of(objective, _apply(planned), planned.first_trained, state, fixed, batch)
 
 
 def _with_saving(

@@ -264,7 +264,7 @@ def _accumulate(
     total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
 
     def loss_fn(params: Arrays, variables: Arrays, part: Batch) -> tuple[jax.Array, tuple[Arrays, Metrics]]:
-        outputs, variables = _forward(apply, fixed, params, variables, part)
+        outputs, variables = forward(apply, fixed, params, variables, part)
         # A part's loss is its share of the whole batch's mean, so that the parts' gradients just add up.
         loss = jnp.sum(objective.losses(outputs, part) * part["mask"]) / total
         return loss, (variables, objective.metrics(outputs, part))
@@ -283,7 +283,7 @@ def _accumulate(
     return grads, variables, jax.tree.map(lambda values: jnp.sum(values, 0), metrics)
 
 
-def _forward(apply: Apply, fixed: Fixed, params: Arrays, variables: Arrays, batch: Batch) -> tuple[jax.Array, Arrays]:
+def forward(apply: Apply, fixed: Fixed, params: Arrays, variables: Arrays, batch: Batch) -> tuple[jax.Array, Arrays]:
     """Runs the model in training mode and returns its outputs and the moving variables as it left them."""
     partition = fixed.definition.partition
     arrays = partition.merge({**params, **variables}, {**expand(fixed.params), **fixed.variables})

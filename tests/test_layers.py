@@ -17,7 +17,7 @@ LAYERS = (
     ("solvers", "surgery", "penalties", "optim", "objectives"),
     ("methods",),
     ("state", "step"),
-    ("claims", "cost", "peak", "chunks", "store", "variants", "planned", "saving"),
+    ("claims", "activations", "cost", "peak", "chunks", "store", "variants", "planned", "statement", "saving"),
     ("checkpoint", "known", "source", "pretrained", "task", "plan", "evaluate"),
     (
         "logs",
