@@ -6,7 +6,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -16,7 +15,7 @@ from jxfer import distributed
 from jxfer.chunks import Layout
 from jxfer.cost import flops_of_step
 from jxfer.data import Split
-from jxfer.data.stall import Wait
+from jxfer.data.stall import result
 from jxfer.loop import Session
 from jxfer.models.stages import pack, run_stages
 from jxfer.sharding import Share, share_of
@@ -31,7 +30,7 @@ FeatureStep = jax.stages.Wrapped
 CHUNK_BYTES, CHUNK_SECS = 128 * 1024**2, 30.0
 """When rows go to disk: what comes first. A killed run loses no more."""
 
-_BATCHES_AHEAD, _LOOK_SECS = 2, 0.1
+_BATCHES_AHEAD = 2
 
 
 @functools.lru_cache(maxsize=64)
@@ -141,12 +140,7 @@ def _read_ahead(split: Split, batches: Iterator[np.ndarray]) -> Iterator[HostBat
 
 
 def _result(split: Split, indices: np.ndarray, future: Future[HostBatch]) -> HostBatch:
-    """Waits for a batch that is being read, and says so where it does not come."""
-    wait = Wait(lambda: f"the examples from '{split.ids[indices[0]]}' on, whose features are computed,")
-    while not futures.wait([future], timeout=_LOOK_SECS).done:
-        wait.look()
-    wait.end()
-    return future.result()
+    return result(future, lambda: f"the examples from '{split.ids[indices[0]]}' on, whose features are computed,")
 
 
 def _fetched(prefix: Prefix, batches: Iterator[HostBatch], num_rows: int) -> Iterator[dict[str, np.ndarray]]:

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from jxfer.data.stall import reading
+from jxfer.data.stall import reading, result
 from jxfer.typing import HostBatch, Input, InputError
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
@@ -79,8 +79,12 @@ class LazySplit:
         """Decodes the examples at `indices`; raises InputError naming the one that cannot be read."""
         return {self.input: np.stack([self._example(int(i)) for i in indices]), "label": self.labels[indices]}
 
+    def name(self, index: int) -> str:
+        """Returns what messages call an example."""
+        return f"example '{self.ids[index]}'" + (f" of '{self.where}'" if self.where else "")
+
     def _example(self, index: int) -> np.ndarray:
-        name = f"example '{self.ids[index]}'" + (f" of '{self.where}'" if self.where else "")
+        name = self.name(index)
         try:
             with reading(name):
                 return self.example_at(index)
@@ -213,14 +217,20 @@ def decode_all(split: LazySplit) -> tuple[ArraySplit, list[int]]:
 
     chunks = np.array_split(np.arange(len(split)), max(1, len(split) // DECODE_CHUNK))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        examples = [example for chunk in pool.map(attempt, chunks) for example in chunk]
+        decoded = [(chunk, pool.submit(attempt, chunk)) for chunk in chunks]
+        examples = [example for chunk, future in decoded for example in result(future, _decoding(split, chunk))]
     good = np.array([example is not None for example in examples], bool)
     arrays: dict[str, np.ndarray] = {split.input: np.array([example for example in examples if example is not None])}
     return ArraySplit(split.ids[good], split.labels[good], arrays), [int(i) for i in np.flatnonzero(~good)]
 
 
+def _decoding(split: LazySplit, chunk: np.ndarray) -> Callable[[], str]:
+    return lambda: f"{len(chunk)} of {len(split)} examples, which are read into memory,"
+
+
 def _example_or_none(split: LazySplit, index: int) -> np.ndarray | None:
     try:
-        return split.example_at(index)
+        with reading(split.name(index)):
+            return split.example_at(index)
     except OSError:
         return None

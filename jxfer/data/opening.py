@@ -15,6 +15,7 @@ from jxfer.config import DataConfig
 from jxfer.data import audio, images, text
 from jxfer.data.dataset import MEMORY_BYTES, ArraySplit, Dataset, LazySplit, Split, decode_all, usual_splits
 from jxfer.data.listing import KINDS, WORDS, Example, Listing, class_names, read_text
+from jxfer.data.stall import reading, result
 from jxfer.typing import Input, InputError
 
 log = logging.getLogger(__name__)
@@ -185,12 +186,14 @@ def _headers(listing: Listing) -> dict[str, tuple[int, ...]]:
 
     def attempt(example: Example) -> tuple[int, ...] | None:
         try:
-            return _HEADERS[listing.input](listing.root / example.name)
+            with reading(f"'{listing.root / example.name}'"):
+                return _HEADERS[listing.input](listing.root / example.name)
         except OSError:
             return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(attempt, listing.examples))
+        read = [pool.submit(attempt, example) for example in listing.examples]
+        found = [result(future, lambda: f"the header of a file of '{listing.root}'") for future in read]
     named = zip(listing.examples, found, strict=True)
     return {example.name: header for example, header in named if header is not None}
 

@@ -6,13 +6,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures import Future
 from concurrent.futures import thread as _pools
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from jxfer import distributed
 from jxfer.typing import InputError
+
+Made = TypeVar("Made")
 
 SECS = "JXFER_STALL_SECS"
 """Environment variable: after so many seconds without a batch it is said on stderr; 0 never says so."""
@@ -20,6 +24,8 @@ SECS = "JXFER_STALL_SECS"
 DEFAULT_SECS = 60.0
 
 _PACKAGE = Path(__file__).parents[1]
+
+_LOOK_SECS = 0.1
 
 _SHOWN = 4  # threads; all of a pool usually wait for the same disk
 
@@ -83,6 +89,16 @@ class Wait:
         """Says that it is over, if it was said to be long."""
         if self._said:
             _say(f"{self._what()} came after {time.monotonic() - self._since:.3g} s; going on")
+
+
+def result(future: Future[Made], what: Callable[[], str]) -> Made:
+    """Returns what a thread of a pool makes, and says so where that does not come; `what` names it."""
+    if not future.done():
+        wait = Wait(what)
+        while not futures.wait([future], timeout=_LOOK_SECS).done:
+            wait.look()
+        wait.end()
+    return future.result()
 
 
 def where_threads_read() -> list[str]:
