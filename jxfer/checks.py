@@ -75,6 +75,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "num_steps": _AT_LEAST_1,
         "batch_size": _AT_LEAST_1,
         "learning_rate": _POSITIVE,
+        "base_batch_size": _AT_LEAST_1,
         "weight_decay": _NOT_NEGATIVE,
         "momentum": _BELOW_1,
         "warmup_steps": _NOT_NEGATIVE,

@@ -115,6 +115,9 @@ class TrainConfig:
     """Global batch size, whatever the number of devices."""
     optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-3
+    base_batch_size: int | None = None
+    """Batch size that `learning_rate`, searched ones too, is meant for: for `batch_size` it is scaled linearly with sgd
+    and by the square root with the adaptive optimizers. None takes it as it is."""
     weight_decay: float = 1e-4
     """Applied to parameters of two and more dimensions (kernels), not to biases and norms."""
     momentum: float = 0.9

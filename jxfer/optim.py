@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,26 @@ def optimizer(train: TrainConfig, partition: Partition, *, num_steps: int) -> op
     """
     neutral = dataclasses.replace(train, learning_rate=0.0, weight_decay=0.0)
     return _optimizer(neutral, partition, num_steps)
+
+
+def learning_rate(train: TrainConfig) -> float:
+    """Returns the base learning rate, for the run's batch size where it is given for another one.
+
+    With sgd it grows as the batch (Goyal et al. 2017, arXiv:1706.02677, section 2.1), with adaptive optimizers as its
+    square root (Malladi et al. 2022, arXiv:2205.10287, who also scale the decay rates of the moments, which stay here).
+    """
+    if train.base_batch_size is None:
+        return train.learning_rate
+    ratio = train.batch_size / train.base_batch_size
+    return train.learning_rate * (ratio if train.optimizer == "sgd" else math.sqrt(ratio))
+
+
+def scaling_rule(train: TrainConfig) -> str | None:
+    """Says how `learning_rate` scales; None where it does not."""
+    if train.base_batch_size is None:
+        return None
+    rule = "linear scaling (arXiv:1706.02677)" if train.optimizer == "sgd" else "square root (arXiv:2205.10287)"
+    return f"{rule} from batches of {train.base_batch_size} to {train.batch_size}, with {train.optimizer}"
 
 
 def set_hyperparams(opt_state: PyTree, *, learning_rate: ArrayLike, weight_decay: ArrayLike) -> PyTree:

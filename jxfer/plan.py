@@ -100,7 +100,7 @@ def start_phase(
     skips = train.non_finite == "skip"
     state, fixed = init_state(model, planned.partition, skips=skips, **_start(train, method, planned, key))
     opt_state = optim.set_hyperparams(
-        state.opt_state, learning_rate=train.learning_rate, weight_decay=train.weight_decay
+        state.opt_state, learning_rate=optim.learning_rate(train), weight_decay=train.weight_decay
     )
     return dataclasses.replace(state, opt_state=opt_state), hold_frozen(fixed, train.frozen_dtype)
 
@@ -123,7 +123,7 @@ def start_population(
     filled = [*variants, *[variants[-1]] * (-len(variants) % multiple)]
     opt_state = optim.set_hyperparams(
         population.state.opt_state,
-        learning_rate=np.asarray([variant.train.learning_rate for variant in filled]),
+        learning_rate=np.asarray([optim.learning_rate(variant.train) for variant in filled]),
         weight_decay=np.asarray([variant.train.weight_decay for variant in filled]),
     )
     state = dataclasses.replace(population.state, opt_state=opt_state)

@@ -6,6 +6,7 @@ from typing import Any
 from jxfer.activations import Activations
 from jxfer.config import TrainConfig
 from jxfer.cost import Cost
+from jxfer.optim import learning_rate, scaling_rule
 from jxfer.partition import Partition
 from jxfer.planned import PlannedPhase
 from jxfer.rounding import held_bytes
@@ -42,6 +43,8 @@ class Plan:
             "params_trainable": planned.partition.params_trainable,
             **dataclasses.asdict(cost),
             "activations": None if activations is None else dataclasses.asdict(activations),
+            "learning_rate": learning_rate(self.train),
+            "learning_rate_rule": scaling_rule(self.train),
             "frozen_dtype": self.train.frozen_dtype,
             "frozen_bytes": held_bytes(planned.partition, self.train.frozen_dtype),
             "frozen_bytes_saved": self._bytes_saved(planned.partition),
@@ -50,6 +53,12 @@ class Plan:
             "population": population.to_json(),
             "leaves": [self._leaf_json(planned.partition, leaf) for leaf in planned.partition.leaves],
         }
+
+    def _rate_lines(self, planned: PlannedPhase) -> list[str]:
+        rule = scaling_rule(self.train)
+        if rule is None or planned.phase.solver is not None:
+            return []
+        return [f"learning rate: {learning_rate(self.train):g}, which is {self.train.learning_rate:g} by {rule}"]
 
     def _bytes_saved(self, partition: Partition) -> int:
         return held_bytes(partition, "float32") - held_bytes(partition, self.train.frozen_dtype)
@@ -83,6 +92,7 @@ class Plan:
                 f"one {'step' if planned.phase.solver is None else 'iteration'}: "
                 f"{cost.step_flops:,.0f} FLOPs, {cost.temp_bytes:,} temporary bytes; "
                 f"optimizer state: {cost.optimizer_bytes:,} bytes",
+                *self._rate_lines(planned),
                 *([] if kept is None else [f"activations kept for the backward pass: {kept}"]),
                 *([self._frozen_line(planned.partition)] if self.train.frozen_dtype != "float32" else []),
                 f"features: {planned.why}",

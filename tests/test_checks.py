@@ -67,6 +67,7 @@ def test_every_method_passes(name):
         (trial(train=TrainConfig(num_steps=5, warmup_steps=5)), "the warm-up must be shorter"),
         (trial(train=TrainConfig(learning_rate=float("nan"))), "train.learning_rate is nan"),
         (trial(train=TrainConfig(learning_rate=float("inf"))), "train.learning_rate is inf"),
+        (trial(train=TrainConfig(base_batch_size=0)), "train.base_batch_size is 0; it must be at least 1"),
         (
             trial(train=forced(TrainConfig(), optimizer="adam")),
             "train.optimizer is 'adam'; .*nearest: `adamw`",

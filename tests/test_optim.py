@@ -235,3 +235,16 @@ def test_trajectories_are_those_of_torch(name):
     for path, value in params.items():
         # Twenty float32 steps in two libraries, each from the other's last rounding.
         np.testing.assert_allclose(value, ported[path].detach().numpy(), rtol=2e-4, atol=2e-5, err_msg=path)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("sgd", 4.0), ("adamw", 2.0), ("lamb", 2.0), ("lion", 2.0)])
+def test_the_rate_grows_as_the_batch_or_as_its_square_root(name, factor):
+    train = TrainConfig(optimizer=name, learning_rate=0.01, batch_size=128)
+    assert optim.learning_rate(train) == 0.01
+    assert optim.scaling_rule(train) is None
+    scaled = dataclasses.replace(train, base_batch_size=32)
+    assert optim.learning_rate(scaled) == pytest.approx(factor * 0.01)
+    assert optim.scaling_rule(scaled).endswith(f" from batches of 32 to 128, with {name}")
+    smaller = dataclasses.replace(train, base_batch_size=512)
+    assert optim.learning_rate(smaller) == pytest.approx(0.01 / factor)
+    assert optim.learning_rate(dataclasses.replace(train, base_batch_size=128)) == 0.01

@@ -6,6 +6,7 @@ import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 import runs
 import tiny
@@ -32,6 +33,7 @@ from jxfer.partition import arrays_of
 from jxfer.plan import plan_method, plan_phases, start_phase
 from jxfer.task import Task, base_model, target_model
 from jxfer.typing import InputError
+from jxfer.variants import Variant
 
 EXPERIMENT = Experiment("test", train=TrainConfig(num_steps=10, batch_size=4, weight_decay=0.2))
 TASK = tiny.TASK
@@ -209,6 +211,26 @@ def test_a_plan_costs_what_the_run_will_cost():
     train_step, _ = plan.phase_steps(EXPERIMENT, linear_probe, planned, 3)
     batch = {"features": np.zeros((4, 8), np.float32), "label": np.zeros(4, np.int32), "mask": np.ones(4, np.float32)}
     assert plan.cost_of(train_step, state, fixed, batch) == cost
+
+
+def test_a_run_starts_with_the_rate_that_the_plan_states_for_its_batch_size():
+    experiment = runs.with_train(EXPERIMENT, learning_rate=0.1, base_batch_size=16)  # and batches of 4
+    (planned, _), *_ = (planning := plan_method(experiment, linear_probe, TASK)).phases
+    said = planning.to_json()["phases"][0]
+    assert (said["learning_rate"], said["learning_rate_rule"].split(" ")[0]) == (pytest.approx(0.05), "square")
+    expected = "learning rate: 0.05, which is 0.1 by square root (arXiv:2205.10287) from batches of 16 to 4, with adamw"
+    assert expected in str(planning)
+    model = base_model(ModelConfig(), linear_probe, TASK, seed=0)
+    model = target_model(model, linear_probe, TASK, source=None, seed=0)
+    state, _ = start_phase(experiment, linear_probe, planned, model, key=jax.random.key(0))
+    assert optax.tree.get(state.opt_state, "learning_rate") == pytest.approx(0.05)
+    tried = [Variant("a", experiment.train, linear_probe)]
+    tried.append(dataclasses.replace(tried[0], train=dataclasses.replace(experiment.train, learning_rate=0.4)))
+    population, _ = plan.start_population(tried, planned, [model, model], key=jax.random.key(0))
+    np.testing.assert_allclose(optax.tree.get(population.state.opt_state, "learning_rate"), [0.05, 0.2], rtol=1e-6)
+    unscaled = plan_method(EXPERIMENT, linear_probe, TASK)
+    assert unscaled.to_json()["phases"][0]["learning_rate"] == EXPERIMENT.train.learning_rate
+    assert "learning rate:" not in str(unscaled)
 
 
 def test_planning_a_resnet50_makes_no_weight_and_a_probe_pays_for_its_head_alone(monkeypatch):
