@@ -1,6 +1,7 @@
 """What a trained model is worth and what it took: the test split read once, predictions, weights, costs."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,15 @@ def source_metrics(
         split = _test_split(source.data)
     except InputError:  # its data are gone, which need not stop a transfer from it
         return None
-    digest = tuple(sorted(fingerprint({**own, **head}).items()))
+    # A hash of them all, because every backbone that was trained stays here.
+    digest = hashlib.sha256(repr(sorted(fingerprint({**own, **head}).items())).encode()).hexdigest()
     if digest not in _MEASURED:
         settings = dataclasses.replace(experiment, target=source.data)
         _MEASURED[digest] = evaluate_model(settings, len(source.classes), model, split)[0]
     return _MEASURED[digest]
 
 
-_MEASURED: dict[Any, dict[str, float]] = {}
+_MEASURED: dict[str, dict[str, float]] = {}
 """Metrics on the source by the bits of the model, because most methods leave the backbone alone."""
 
 

@@ -259,7 +259,7 @@ def _saved_rows(directory: Path, method: Method) -> Callable[[logs.Row], bool]:
     return lambda row: row["step"] <= resumes_at(row["variant"], row["phase"])
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=2)  # each is a whole model, on the devices
 def _base_model(model: ModelConfig, method: Method, task: Task, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
     """Makes the random weights of a seed once for all the runs of a method that begin with them."""
     return nnx.split(base_model(model, method, task, seed=seed))
