@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Ratio]:
     parser.add_argument("--rounds", type=int, help="how often each is measured")
     parser.add_argument("--quick", action="store_true", help="one round of one network, to see that it runs")
     options = parser.parse_args(arguments)
-    rounds = options.rounds or (1 if options.quick else 5)
+    rounds = options.rounds or (1 if options.quick else 3)
     print(f"{rounds} round(s), median seconds, median ratio (quartiles)\n{machine()}\n", flush=True)
     ratios, rows = {}, []
     for model in QUICK if options.quick else FULL:
