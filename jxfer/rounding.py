@@ -84,7 +84,10 @@ def round_frozen(arrays: Mapping[Path, Any], partition: Partition, dtype: Frozen
 
     def new(path: Path, value: Any) -> Any:
         after = rounded(path, value, dtype) if path in frozen else value
-        return put(after, value.sharding) if after is not value and isinstance(value, jax.Array) else after
+        if after is value or not isinstance(value, jax.Array):
+            return after
+        # What is bound to no device must stay so, to be used with what lies on several.
+        return put(after, value.sharding) if value.committed else jnp.asarray(after)
 
     return {path: new(path, value) for path, value in arrays.items()}
 

@@ -9,18 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jxfer import optim, sharding
-from jxfer.config import MeshConfig, TrainConfig
+from jxfer import ablate, methods, models, optim, sharding, source
+from jxfer.config import MeshConfig, ModelConfig, TrainConfig
 from jxfer.models.bert import Bert, BertConfig
 from jxfer.models.convnet import ConvNet, ConvNetConfig
 from jxfer.models.vit import ViT, ViTConfig
 from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of, eval_graphdef
+from jxfer.predict import classifier
 from jxfer.state import init_state, place_state
 from jxfer.step import make_train_step
+from jxfer.task import load_data
 from jxfer.typing import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -195,3 +198,19 @@ def test_a_network_without_blocks_has_nothing_to_split():
     model = ConvNet(ConvNetConfig(widths=(4, 6, 8)), **settings, rngs=nnx.Rngs(0))
     with pytest.raises(InputError, match=r"`tensor` has nothing to split: of the \d+ parameters .* use fsdp, or axes"):
         sharding.check_placement(model, tensor(model=2))
+
+
+def test_what_a_whole_run_measures_over_the_mesh_is_what_one_device_predicts(tmp_path, monkeypatch):
+    runs.add_models(monkeypatch)
+    monkeypatch.setitem(models._CONFIGS, "tiny_vit", dataclasses.replace(VIT, num_layers=1))
+    experiment = runs.with_train(runs.write_data(tmp_path / "data"), frozen_dtype="int8", remat=True)
+    experiment = dataclasses.replace(experiment, model=ModelConfig("tiny_vit"), mesh=tensor(model=2))
+    tried = runs.with_methods(experiment, methods.partial)
+    ablate.ablate(tried, tmp_path / "out", runs.QUIET, command="")
+    assert [row["error"] for row in runs.rows_on_disk(tmp_path / "out")] == [None]
+    (split,) = load_data(experiment.target).splits.values()
+    images = dict(zip(split.ids.tolist(), split.read(np.arange(len(split)))["image"], strict=True))
+    directory = tmp_path / "out" / "runs" / "partial-shots3-seed0"
+    kept = np.load(directory / "predictions.npz")
+    given = classifier(source.load_run(directory))(np.stack([images[name] for name in kept["ids"].tolist()]))
+    np.testing.assert_allclose(kept["logits"], given, rtol=1e-4, atol=1e-5 * np.abs(given).max())
