@@ -2,7 +2,7 @@
 
 On disk a tree is flat, `params/head/kernel` -> array, because nested containers come back in the order of their
 names: of twelve layers the third would be layer 10. A manifest, written last, makes a checkpoint whole: it lists
-every array and the size of every file, and both are checked before anything is restored.
+every array, and the size and checksum of every file, and all are checked before anything is restored.
 """
 
 import copy
@@ -23,10 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jxfer import distributed, paths
+from jxfer.damage import MANIFEST, damage_of, measured, size_of
 from jxfer.sharding import put
 from jxfer.typing import InputError, PyTree
-
-_MANIFEST = "manifest.json"
 
 
 class Checkpoints:
@@ -209,6 +208,8 @@ def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
       InputError: there are no whole weights in `directory`.
     """
     directory = Path(directory).absolute()
+    if problem := distributed.on_main(lambda: damage_of(directory)):
+        raise InputError(f"weights in {directory} are damaged: {problem}; remove them and run what made them again")
     manifest = distributed.on_main(lambda: _read_manifest(directory))
     if not manifest:
         raise InputError(f"no whole weights in {directory}; was the run that writes them interrupted?")
@@ -318,17 +319,17 @@ def _like(leaf: Any, value: Any) -> Any:
 
 
 def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    files = {str(f.relative_to(directory)): f.stat().st_size for f in sorted(directory.rglob("*")) if f.is_file()}
-    temporary = directory / f"{_MANIFEST}.tmp"
+    files = {str(f.relative_to(directory)): measured(f) for f in sorted(directory.rglob("*")) if f.is_file()}
+    temporary = directory / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps({**manifest, "files": files}))
-    temporary.replace(directory / _MANIFEST)
+    temporary.replace(directory / MANIFEST)
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     """Returns the manifest of a whole checkpoint, or an empty dict."""
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text())
-        whole = all((directory / name).stat().st_size == size for name, size in manifest["files"].items())
+        manifest = json.loads((directory / MANIFEST).read_text())
+        whole = all((directory / name).stat().st_size == size_of(each) for name, each in manifest["files"].items())
     except (OSError, ValueError):
         return {}
     return manifest if whole else {}

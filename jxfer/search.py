@@ -11,6 +11,7 @@ from flax import nnx
 from jxfer import config, distributed, logs
 from jxfer.config import Experiment, Method, ModelConfig
 from jxfer.context import Context
+from jxfer.damage import set_aside
 from jxfer.data import Drawn
 from jxfer.loop import Session
 from jxfer.partition import Audit, arrays_of, fingerprint
@@ -80,6 +81,7 @@ def train_variants(
     """Returns the variants that trained to their end, and what the row says of all that were tried."""
     splits = Splits(drawn.train, drawn.validation)
     searched = variants(job.experiment, job.method)
+    distributed.on_main(lambda: set_aside(directory, session.note))
     logs.rewind(directory, keep=_saved_rows(directory, job.method))
     settings = config.to_dict(job.experiment)
     with logs.open_logs(directory, name=job.name, config=settings, wandb=job.experiment.wandb) as log:

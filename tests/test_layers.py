@@ -18,7 +18,7 @@ LAYERS = (
     ("methods",),
     ("state", "step"),
     ("claims", "activations", "cost", "peak", "chunks", "store", "variants", "planned", "statement", "saving"),
-    ("checkpoint", "known", "source", "pretrained", "task", "plan", "evaluate"),
+    ("damage", "checkpoint", "known", "source", "pretrained", "task", "plan", "evaluate"),
     (
         "logs",
         "loop",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,51 @@ def test_a_half_written_checkpoint_is_not_continued_from(experiment, source, tmp
     session = Session(progress=lambda what, done, total: steps.append(done), should_stop=lambda: False)
     assert_same_result(run.run(job, tmp_path / "stopped", session, source=source), expected)
     assert steps[0] == 5, "continues from step 4"
+
+
+DAMAGE = {"missing": "is missing", "cut": r"has 50 of [\d,]+ bytes", "flipped": "has other bytes than were written"}
+
+
+@pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_continued_from(experiment, source, tmp_path, kind, population):
+    experiment = dataclasses.replace(experiment, search=dataclasses.replace(experiment.search, population=population))
+    job = Job(runs.with_train(experiment, checkpoint_every=1, keep_checkpoints=2), methods.linear_probe, 3, 0)
+    expected = run_with_stops(job, tmp_path / "undisturbed", source)
+    with pytest.raises(InterruptedRun):
+        run.run(job, tmp_path / "stopped", runs.stop_after(5), source=source)
+    (folder,) = (tmp_path / "stopped" / "checkpoints").glob("*/0")
+    newest = folder / str(checkpoint.newest_step(folder))
+    damage(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size), kind)
+    notes: list[str] = []
+    steps: list[int] = []
+    session = Session(lambda what, done, total: steps.append(done), lambda: False, notes.append)
+    assert_same_result(run.run(job, tmp_path / "stopped", session, source=source), expected)
+    assert re.match(rf"checkpoint '{newest}' is damaged: '.*' {DAMAGE[kind]}; continuing without it", notes[0])
+    assert steps[0] == int(newest.name), "continues from the step before"
+
+
+def test_without_the_best_a_checkpoint_does_not_serve(experiment, source, tmp_path):
+    settings = runs.with_train(dataclasses.replace(experiment, search=SearchConfig()), eval_every=3, checkpoint_every=1)
+    job = Job(settings, methods.linear_probe, 3, 0)
+    expected = run_with_stops(job, tmp_path / "undisturbed", source)
+    with pytest.raises(InterruptedRun):
+        run.run(job, tmp_path / "stopped", runs.stop_after(5), source=source)
+    folder = tmp_path / "stopped" / "checkpoints" / "default" / "0"
+    assert {path.name for path in folder.iterdir()} == {"3", "5"}
+    damage(next(path for path in (folder / "3").rglob("*") if path.is_file() and path.stat().st_size > 50), "flipped")
+    notes: list[str] = []
+    session = Session(lambda what, done, total: None, lambda: False, notes.append)
+    assert_same_result(run.run(job, tmp_path / "stopped", session, source=source), expected)
+    assert ["3' is damaged" in notes[0], "5' needs that of step 3" in notes[1]] == [True, True]
+
+
+def damage(file: Path, kind: str) -> None:
+    content = file.read_bytes()
+    if kind == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[:50] if kind == "cut" else bytes([content[0] ^ 1]) + content[1:])
 
 
 def test_the_newest_checkpoints_and_the_best_on_validation_stay(experiment, source, tmp_path):
