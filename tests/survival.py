@@ -50,6 +50,9 @@ def fill():
 def limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
 def vanish():
     os.rename(OUT, AWAY)
 
@@ -156,8 +159,8 @@ class Starter:
     ) -> tuple[int, str]:
         """Returns status and words of a process, to which something happens at the `count`th moment of a kind.
 
-        It is one of: `kill`; `fill` the disk of `out`, or `limit` what may be written; let `out` `vanish`; or the disk
-        is `readonly` from the beginning. The next start finds the disk as it should be.
+        It is one of: `kill` or `terminate` the process; `fill` the disk of `out`, or `limit` what may be written; let
+        `out` `vanish`; or the disk is `readonly` from the beginning. The next start finds the disk as it should be.
         """
         args = ["ablate", str(self.file), "--out", str(out)]
         self.process.stdin.write(json.dumps([args, str(out), str(cache), what, count, how]) + "\n")

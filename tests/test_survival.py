@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,18 @@ def test_killed_at_each_kind_of_moment_an_ablation_ends_as_if_it_had_not_been(st
     assert starts.outlives(out, cache)
     assert_same(out, expected)
     assert_whole(out, cache / "features")
+
+
+def test_sigterm_saves_within_seconds_wherever_it_comes(starts, expected, tmp_path):
+    # In pre-training, while features are stored, in a population, and between the test split and the results.
+    for what, count in [("train", 3), ("extract", 7), ("train", 3), ("torn", 1)]:
+        began = time.monotonic()
+        status, words = starts.start(tmp_path / "out", tmp_path / "cache", what, count, how="terminate")
+        assert status == 75, (what, words)
+        assert time.monotonic() - began < 30
+        assert words.endswith("; run the same command again to continue\n"), words
+    assert starts.outlives(tmp_path / "out", tmp_path / "cache")
+    assert_same(tmp_path / "out", expected)
 
 
 @pytest.mark.slow
