@@ -229,19 +229,27 @@ class Partition:
     def random_modules(self, graphdef: nnx.GraphDef) -> tuple[Path, ...]:
         """Returns the modules of frozen layers that are not in inference mode in `graphdef`: there should be none."""
         labels = self.labels
-        template: list[Any] = [(leaf.keys, jax.ShapeDtypeStruct(leaf.shape, np.float32)) for leaf in self.leaves]
-        module = nnx.merge(graphdef, nnx.from_flat_state(template))
+        modules = self._modules(graphdef)
         return tuple(
-            "/".join(map(str, keys))
-            for keys, module in nnx.iter_modules(module)
-            if _breaks(module, *_modes(keys, labels, self.statistics))
+            "/".join(map(str, keys)) for keys, each in modules if _breaks(each, *_modes(keys, labels, self.statistics))
         )
 
     def audit(self, before: Mapping[Path, str], after: Mapping[Path, str], graphdef: nnx.GraphDef) -> Audit:
-        """Compares the fingerprints of all variables at the start and at the end of a phase."""
+        """Compares the fingerprints of all variables at the start and at the end of a phase.
+
+        A parameter that a module lists as `without_effect` has no gradient but rounding, and need not move.
+        """
         leaks = [leaf.path for leaf in self.leaves if not leaf.moves and before[leaf.path] != after[leaf.path]]
-        stuck = [leaf.path for leaf in self.trainable if before[leaf.path] == after[leaf.path]]
-        return Audit((*leaks, *self.random_modules(graphdef)), tuple(stuck), len(self.trainable))
+        modules = self._modules(graphdef)
+        idle = {"/".join(map(str, (*keys, name))) for keys, each in modules for name in _without_effect(each)}
+        expected = [leaf.path for leaf in self.trainable if leaf.path not in idle]
+        stuck = [path for path in expected if before[path] == after[path]]
+        return Audit((*leaks, *self.random_modules(graphdef)), tuple(stuck), len(expected))
+
+    def _modules(self, graphdef: nnx.GraphDef) -> list[tuple[Keys, Any]]:
+        """Returns the modules of a structure by the keys that lead to them."""
+        template: list[Any] = [(leaf.keys, jax.ShapeDtypeStruct(leaf.shape, np.float32)) for leaf in self.leaves]
+        return list(nnx.iter_modules(nnx.merge(graphdef, nnx.from_flat_state(template))))
 
     def __str__(self) -> str:
         rows = [("path", "shape", "dtype", "count", "label", "rate ×", "decay ×")]
@@ -327,6 +335,10 @@ def _kind(variable: Any) -> Kind:
     if isinstance(variable, nnx.Param):
         return "parameter"
     return "random" if isinstance(variable, nnx.RngState) else "statistic"
+
+
+def _without_effect(module: Any) -> tuple[Path, ...]:
+    return getattr(module, "without_effect", ())
 
 
 def _layer_labels(keys: Keys, labels: Mapping[Path, str]) -> set[str]:

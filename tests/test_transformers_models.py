@@ -15,7 +15,7 @@ from jxfer.models.bert import Bert, BertConfig
 from jxfer.models.convnext import ConvNeXt, ConvNeXtConfig
 from jxfer.models.stages import run_stages
 from jxfer.models.vit import ViT, ViTConfig
-from jxfer.partition import arrays_of, eval_graphdef
+from jxfer.partition import Audit, Partition, arrays_of, eval_graphdef, fingerprint
 from jxfer.typing import InputError
 from jxfer.weights.names import bert as bert_names
 from jxfer.weights.names import convnext as convnext_names
@@ -323,3 +323,22 @@ def test_stochastic_depth_drops_whole_branches_and_rises_with_depth():
     dropped = np.asarray(drop_path(jnp.ones((100, 2, 3, 4))))
     assert all(len(np.unique(each)) == 1 for each in dropped)
     np.testing.assert_allclose(np.unique(dropped), [0, 1 / 0.6], rtol=1e-6)
+
+
+def test_a_parameter_without_effect_need_not_move_and_has_none():
+    model = ViT(TINY_VIT, input_shape=(8, 8, 3), num_classes=3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    partition, before = Partition.of(model, [("**", "all")]), arrays_of(model)
+    graphdef = partition.train_graphdef(model)
+    start = fingerprint(before)
+
+    def audit(still: str) -> Audit:
+        return partition.audit(start, dict.fromkeys(start, "moved") | {still: start[still]}, graphdef)
+
+    assert audit("blocks/1/attention/key/bias").ok
+    assert audit("blocks/1/attention/query/bias").stuck == ("blocks/1/attention/query/bias",)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    expected = model(x)
+    model.blocks[1].attention.key.bias.set_value(jnp.arange(8.0))
+    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    model.blocks[1].attention.query.bias.set_value(jnp.arange(8.0))
+    assert np.max(np.abs(model(x) - expected)) > 1e-3

@@ -1,6 +1,7 @@
 """Transformer blocks (Vaswani et al. 2017, arXiv:1706.03762): attention, the two-layer network, both norm orders."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,9 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 class SelfAttention(nnx.Module):
     """Attention of every token over all tokens, in several heads of `num_features / num_heads` features."""
+
+    without_effect: ClassVar[tuple[str, ...]] = ("key/bias",)
+    """It adds one number to all scores of a query, which the softmax takes away."""
 
     def __init__(self, num_features: int, num_heads: int, *, use_bias: bool = True, dtype: DTypeLike, rngs: nnx.Rngs):
         """`use_bias` says whether queries, keys and values have one; the output always has."""
