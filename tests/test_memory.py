@@ -81,6 +81,6 @@ def test_memory_and_handles_stay_flat_over(tmp_path, method, num_runs, num_steps
     looks = [json.loads(line) for line in ended.stdout.splitlines()]
     assert len(looks) >= 9
     resident, handles = zip(*looks[1:], strict=True)
-    assert max(resident) < min(resident) + 100e6, resident
+    assert max(resident) < resident[0] + 100e6, resident  # what the allocator gives back in between is no growth
     half = len(handles) // 2  # a save that is under way has some open
     assert min(handles[half:]) <= min(handles[:half]) + 2, handles

@@ -270,21 +270,8 @@ def assert_same_ablation(directory: Path, expected: Path) -> None:
         assert_same_bits(final_arrays((directory / final).parents[1]), final_arrays((expected / final).parents[1]))
 
 
-def test_killed_at_three_random_steps_an_ablation_ends_bit_for_bit_as_if_it_had_not_been(
-    script, child_env, whole, tmp_path
-):
-    expected, num_steps = whole
-    random_steps = random.Random(0).sample(range(num_steps // 5, num_steps // 3), 3)  # all but the end, in sum
-    for kill_after in random_steps:
-        assert child(script, tmp_path, kill_after, child_env).returncode == -signal.SIGKILL
-    ended = child(script, tmp_path, 0, child_env)
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout.split()[-1]) < num_steps, "it continued"
-    assert_same_ablation(tmp_path, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.slow  # kills of a small ablation are in test_survival.py
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_many_random_steps_an_ablation_ends_bit_for_bit_as_if_it_had_not_been(
     script, child_env, whole, tmp_path, seed
 ):
