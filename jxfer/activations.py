@@ -48,7 +48,6 @@ def activations_of(
       fixed: likewise.
       batch: prepared, with its `mask`.
     """
-
     num_examples = batch["label"].shape[0]
     whole = _kept(objective, apply, state, fixed, batch)
     if start is None or start == "head":

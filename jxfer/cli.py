@@ -23,11 +23,8 @@ DONE, BAD_INPUT, RUN_FAILED, INTERRUPTED, KILLED, BROKEN_PIPE = 0, 2, 3, 75, 130
 SWITCHES = ("help", "json", "stablehlo", "all")
 """Options without a value."""
 
-NUMBERED = ("profile",)
-"""Options that may do without their number."""
-
-TRACED_STEPS = 10
-"""By `--profile` without a number."""
+NUMBERED = {"profile": "10"}
+"""Options that may do without their number, and what it then is."""
 
 LISTS_OF = ("models", "datasets", "methods", "experiments")
 
@@ -76,7 +73,7 @@ def run(args: Arguments) -> int:
     experiment = _experiment(args)
     directory = _directory(args, experiment)
     cell = (args.options["method"], _shots(experiment), whole_number(args, "seed", default=0))
-    steps = whole_number(args, "profile", default=TRACED_STEPS, least=1) if "profile" in args.options else None
+    steps = whole_number(args, "profile", default=0, least=1) if "profile" in args.options else None
     traces = set(directory.glob(_TRACES))
     with open_session() as session:
         session = dataclasses.replace(session, trace_steps=steps)
@@ -226,7 +223,7 @@ COMMANDS = {
         | {
             "method": "NAME      which method",
             "seed": "N         which seed (0)",
-            "profile": f"[STEPS]   write a trace of so many steady steps ({TRACED_STEPS}) into the run's directory",
+            "profile": f"[STEPS]   write a trace of so many steps ({NUMBERED['profile']}) into the run's directory",
         }
         | _PROCESSES,
         joins=True,

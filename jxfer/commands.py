@@ -84,7 +84,7 @@ def whole_number(args: Arguments, name: str, *, default: int, least: int = 0) ->
     """Returns the number that an option gives; raises InputError where it is none."""
     from jxfer.typing import InputError
 
-    value = args.options.get(name) or str(default)
+    value = args.options.get(name, str(default))
     if not value.isdecimal() or int(value) < least:
         raise InputError(f"--{name} takes a whole number, {least} or more, not `{value}`")
     return int(value)

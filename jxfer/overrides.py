@@ -44,11 +44,11 @@ def load_experiment(path: str | Path) -> Experiment:
 
 
 def split_options(
-    args: Sequence[str], switches: Iterable[str] = (), numbered: Iterable[str] = ()
+    args: Sequence[str], switches: Iterable[str] = (), numbered: Mapping[str, str] = types.MappingProxyType({})
 ) -> tuple[list[str], dict[str, str]]:
     """Separates `--NAME VALUE`, `--NAME=VALUE` and the switches, which take no value, from the other arguments.
 
-    Those `numbered` are switches too, but take a number where one follows.
+    Those `numbered` are switches too, but take the number that follows, or the one given here.
 
     Returns the others in order, and name -> value; the last of equal names counts.
 
@@ -64,7 +64,7 @@ def split_options(
         name = option_name(arg)
         _, equals, value = arg.partition("=")
         if not equals and name in numbered:
-            value = rest.pop(0) if rest and rest[0].isdecimal() else ""
+            value = rest.pop(0) if rest and rest[0].isdecimal() else numbered[name]
         elif not equals and name not in switches:
             if not rest or rest[0].startswith("--"):
                 raise InputError(f"`{arg}` needs a value: `{arg} VALUE`")

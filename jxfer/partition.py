@@ -228,11 +228,7 @@ class Partition:
 
     def random_modules(self, graphdef: nnx.GraphDef) -> tuple[Path, ...]:
         """Returns the modules of frozen layers that are not in inference mode in `graphdef`: there should be none."""
-        labels = self.labels
-        modules = self._modules(graphdef)
-        return tuple(
-            "/".join(map(str, keys)) for keys, each in modules if _breaks(each, *_modes(keys, labels, self.statistics))
-        )
+        return self._random(self._modules(graphdef))
 
     def audit(self, before: Mapping[Path, str], after: Mapping[Path, str], graphdef: nnx.GraphDef) -> Audit:
         """Compares the fingerprints of all variables at the start and at the end of a phase.
@@ -241,10 +237,18 @@ class Partition:
         """
         leaks = [leaf.path for leaf in self.leaves if not leaf.moves and before[leaf.path] != after[leaf.path]]
         modules = self._modules(graphdef)
-        idle = {"/".join(map(str, (*keys, name))) for keys, each in modules for name in _without_effect(each)}
+        idle = {
+            "/".join(map(str, (*keys, name))) for keys, each in modules for name in getattr(each, "without_effect", ())
+        }
         expected = [leaf.path for leaf in self.trainable if leaf.path not in idle]
         stuck = [path for path in expected if before[path] == after[path]]
-        return Audit((*leaks, *self.random_modules(graphdef)), tuple(stuck), len(expected))
+        return Audit((*leaks, *self._random(modules)), tuple(stuck), len(expected))
+
+    def _random(self, modules: Sequence[tuple[Keys, Any]]) -> tuple[Path, ...]:
+        labels = self.labels
+        return tuple(
+            "/".join(map(str, keys)) for keys, each in modules if _breaks(each, *_modes(keys, labels, self.statistics))
+        )
 
     def _modules(self, graphdef: nnx.GraphDef) -> list[tuple[Keys, Any]]:
         """Returns the modules of a structure by the keys that lead to them."""
@@ -335,10 +339,6 @@ def _kind(variable: Any) -> Kind:
     if isinstance(variable, nnx.Param):
         return "parameter"
     return "random" if isinstance(variable, nnx.RngState) else "statistic"
-
-
-def _without_effect(module: Any) -> tuple[Path, ...]:
-    return getattr(module, "without_effect", ())
 
 
 def _layer_labels(keys: Keys, labels: Mapping[Path, str]) -> set[str]:

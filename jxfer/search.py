@@ -166,12 +166,14 @@ def _rounded(candidates: Sequence[Candidate], planned: PlannedPhase) -> list[Can
 
     From here on that is the model: the one that is trained on, measured, compared in the audit and saved.
     """
+    dtype = candidates[0].context.experiment.train.frozen_dtype
+    if dtype == "float32":
+        return list(candidates)
     made: dict[int, nnx.Module] = {}
-    for candidate in candidates:
-        dtype, model = candidate.context.experiment.train.frozen_dtype, candidate.model
+    for model in (candidate.model for candidate in candidates):
         if id(model) not in made:
-            arrays = round_frozen(arrays_of(model), planned.partition, dtype)
-            made[id(model)] = model if dtype == "float32" else planned.partition.assemble(nnx.graphdef(model), arrays)
+            graphdef, arrays = _taken_apart(model)
+            made[id(model)] = planned.partition.assemble(graphdef, round_frozen(arrays, planned.partition, dtype))
     return [dataclasses.replace(candidate, model=made[id(candidate.model)]) for candidate in candidates]
 
 

@@ -101,6 +101,7 @@ def test_the_version_names_what_it_runs_on(capsys):
         (["run", "trial.py"], "`jxfer run` needs `--method NAME`"),
         (["run", "trial.py", "--method", "scratch", "--shots", "1,2"], "has several shots (1, 2); choose"),
         (["run", "trial.py", "--method", "scratch", "--seed", "x"], "--seed takes a whole number, 0 or more, not `x`"),
+        (["run", "trial.py", "--method", "scratch", "--seed="], "--seed takes a whole number, 0 or more, not ``"),
         (
             ["run", "trial.py", "--method", "scratch", "--profile=0"],
             "--profile takes a whole number, 1 or more",
@@ -188,7 +189,7 @@ def test_the_options_of_run_reach_it(trial, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize(("args", "steps"), [([], None), (["--profile"], cli.TRACED_STEPS), (["--profile", "3"], 3)])
+@pytest.mark.parametrize(("args", "steps"), [([], None), (["--profile"], 10), (["--profile", "3"], 3)])
 def test_profile_takes_a_number_or_does_without(trial, monkeypatch, capsys, args, steps):
     seen = []
     monkeypatch.setattr(ablate, "run_one", lambda *args, **kwargs: seen.append(args[-1]) or row())

@@ -25,10 +25,10 @@ def replaced(config, path, value):
 
 
 def test_a_numbered_switch_takes_the_number_that_follows():
-    assert split_options(["--n", "3", "x"], numbered=["n"]) == (["x"], {"n": "3"})
-    assert split_options(["--n", "x"], numbered=["n"]) == (["x"], {"n": ""})
-    assert split_options(["x", "--n"], numbered=["n"]) == (["x"], {"n": ""})
-    assert split_options(["--n=4", "5"], numbered=["n"]) == (["5"], {"n": "4"})
+    assert split_options(["--n", "3", "x"], numbered={"n": "7"}) == (["x"], {"n": "3"})
+    assert split_options(["--n", "x"], numbered={"n": "7"}) == (["x"], {"n": "7"})
+    assert split_options(["x", "--n"], numbered={"n": "7"}) == (["x"], {"n": "7"})
+    assert split_options(["--n=4", "5"], numbered={"n": "7"}) == (["5"], {"n": "4"})
 
 
 def test_a_file_gives_its_experiment_by_path_or_by_name(tmp_path, monkeypatch):

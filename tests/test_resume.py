@@ -108,14 +108,20 @@ def test_a_method_that_was_changed_does_not_continue_the_checkpoints_of_the_old(
     assert_same_result(changed, run_with_stops(new, tmp_path / "fresh", source))
 
 
-@pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
-def test_a_half_written_checkpoint_is_not_continued_from(experiment, source, tmp_path, population):
+def stopped_after_five(experiment, source, tmp_path, population) -> tuple[Job, Path, dict]:
+    """Returns a probe that was stopped in `stopped`, the folder of its checkpoints, and its result undisturbed."""
     experiment = dataclasses.replace(experiment, search=dataclasses.replace(experiment.search, population=population))
     job = Job(runs.with_train(experiment, checkpoint_every=1, keep_checkpoints=2), methods.linear_probe, 3, 0)
     expected = run_with_stops(job, tmp_path / "undisturbed", source)
     with pytest.raises(InterruptedRun):
         run.run(job, tmp_path / "stopped", runs.stop_after(5), source=source)
     (folder,) = (tmp_path / "stopped" / "checkpoints").glob("*/0")
+    return job, folder, expected
+
+
+@pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
+def test_a_half_written_checkpoint_is_not_continued_from(experiment, source, tmp_path, population):
+    job, folder, expected = stopped_after_five(experiment, source, tmp_path, population)
     files = [path for path in (folder / "5").rglob("*") if path.is_file() and path.stat().st_size > 100]
     os.truncate(max(files, key=lambda path: path.stat().st_size), 50)
     (folder / "6").mkdir()  # as a process leaves it that is killed while it saves
@@ -131,12 +137,7 @@ DAMAGE = {"missing": "is missing", "cut": r"has 50 of [\d,]+ bytes", "flipped": 
 @pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_an_older_one_continued_from(experiment, source, tmp_path, kind, population):
-    experiment = dataclasses.replace(experiment, search=dataclasses.replace(experiment.search, population=population))
-    job = Job(runs.with_train(experiment, checkpoint_every=1, keep_checkpoints=2), methods.linear_probe, 3, 0)
-    expected = run_with_stops(job, tmp_path / "undisturbed", source)
-    with pytest.raises(InterruptedRun):
-        run.run(job, tmp_path / "stopped", runs.stop_after(5), source=source)
-    (folder,) = (tmp_path / "stopped" / "checkpoints").glob("*/0")
+    job, folder, expected = stopped_after_five(experiment, source, tmp_path, population)
     newest = folder / str(checkpoint.newest_step(folder))
     damage(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size), kind)
     notes: list[str] = []

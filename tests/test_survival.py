@@ -18,7 +18,7 @@ from jxfer import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-EXPERIMENT = '''"""Pre-training, a population, stored features, a solver and fine-tuning from what it found."""
+EXPERIMENT = '''"""Pre-training, stored features and a population of heads on them."""
 
 from jxfer import methods
 from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, SourceConfig, TrainConfig
