@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jxfer import data, distributed, methods, paths
+from jxfer import data, distributed, methods, paths, programs
 from jxfer.checks import check
 from jxfer.claims import Claim, Followed, Holder, LostClaim, claim_first
 from jxfer.config import Experiment, Method, SearchConfig
@@ -143,6 +143,7 @@ def _run_all(
 
         while turn := next_turn(jobs, directory, rows):
             session.progress("runs", turn.num_done, len(jobs))
+            programs.make_room()
             take_turn(turn, session, train)
         session.progress("runs", len(jobs), len(jobs))
         return distributed.on_main(lambda: _in_order(jobs, rows()))

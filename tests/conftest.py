@@ -21,6 +21,8 @@ from jaxtyping import install_import_hook
 
 install_import_hook("jxfer", "beartype.beartype")
 
+from jxfer import programs
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
@@ -35,6 +37,13 @@ def real_data() -> Path:
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps data prepared by tests out of the user's cache directory."""
     os.environ["JXFER_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _room_for_programs() -> Iterator[None]:
+    """Lets go of what a file's tests have compiled: a process of a thousand tests would run out of memory maps."""
+    yield
+    programs.make_room()
 
 
 @pytest.fixture(autouse=True)

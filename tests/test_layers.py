@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jxfer"
 
 LAYERS = (
-    ("typing", "xla_flags", "config", "paths", "origins", "distributed", "checks"),
+    ("typing", "xla_flags", "programs", "config", "paths", "origins", "distributed", "checks"),
     ("data", "models"),
     ("partition", "weights", "sharding", "rounding"),
     ("solvers", "surgery", "penalties", "optim", "objectives"),
