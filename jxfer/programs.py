@@ -11,8 +11,8 @@ _MAX_MAPS = Path("/proc/sys/vm/max_map_count")
 def make_room() -> bool:
     """Lets go of all compiled programs once this process has half of the memory maps that Linux allows it.
 
-    On a CPU every program takes a few maps of the 65,530 that are allowed by default (`vm.max_map_count`), also programs
-    of a single operation, and jax keeps them as long as their functions. It does not survive being refused one: it ends
+    On a CPU every program, be it of a single operation, takes a few maps of the 65,530 that are allowed by default
+    (`vm.max_map_count`), and jax keeps them as long as their functions. It does not survive being refused one: it ends
     in a segmentation fault. What is needed again is compiled again, or read from the cache on disk.
 
     Returns:

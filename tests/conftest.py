@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("jxfer", "beartype.beartype")
 
-from jxfer import programs
+from jxfer import programs  # noqa: E402 (after the hook, which would not see it)
 
 
 @pytest.fixture(scope="session")
