@@ -1,6 +1,7 @@
 """What a run writes while it trains: `metrics.jsonl`, TensorBoard events and, if asked, Weights & Biases."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -89,17 +90,23 @@ def _tensorboard(directory: Path, stack: contextlib.ExitStack) -> LogRow:
     # Not through `SummaryWriter`: the thread that it hands rows to ends on a full disk, and then it waits forever.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.summary import scalar
 
     writer = EventsWriter(str(directory / "events"))
     stack.callback(writer.close)
     flushed = time.monotonic()
 
+    @functools.cache
+    def tag(name: str) -> str:
+        return str(scalar(name, 0.0).value[0].tag)  # with what TensorBoard's tags cannot have replaced
+
     def log(row: Row) -> None:
         nonlocal flushed
-        for name, value in _numbers(row).items():
-            summary = scalar(f"{_tag(row)}/{name}", value)
-            writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
+        prefix = _tag(row)
+        values = [Summary.Value(tag=tag(f"{prefix}/{name}"), simple_value=x) for name, x in _numbers(row).items()]
+        if values:
+            writer.write_event(Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values)))
         if time.monotonic() - flushed >= _FLUSH_SECS:
             writer.flush()
             flushed = time.monotonic()

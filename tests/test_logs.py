@@ -74,6 +74,18 @@ def test_tensorboard_events_hold_every_number(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
+def test_a_row_is_one_event_and_one_without_numbers_is_none(tmp_path):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    written = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(EventsWriter, "write_event", lambda self, event: written.append(event))
+        write(tmp_path, [*ROWS, {"step": 6, "phase": "tune", "split": "train", "rollbacks": 1, "why": "loss is nan"}])
+    version, *events_of_rows = written
+    assert version.file_version
+    assert [len(event.summary.value) for event in events_of_rows] == [2, 2, 2]
+
+
 def test_rows_of_a_run_without_variants_have_shorter_tags(tmp_path):
     write(tmp_path, [{"step": 1, "phase": "probe", "split": "train", "loss": 1.0}])
     assert [tag for tag, _, _ in events(tmp_path)] == ["probe/train/loss"]
