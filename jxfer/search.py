@@ -54,13 +54,30 @@ class Job:
         return config.config_hash({"experiment": config.to_dict(cell), "seed": self.seed})
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lazy:
+    """A model that is put together once somebody asks for it, since of most variants that trained nobody does."""
+
+    make: Callable[[], nnx.Module]
+
+    @functools.cached_property
+    def model(self) -> nnx.Module:
+        """The model."""
+        return self.make()
+
+    @functools.cached_property
+    def apart(self) -> tuple[nnx.GraphDef, Arrays]:
+        """Its structure and its arrays, taken apart once for all variants that begin from it."""
+        return nnx.graphdef(self.model), arrays_of(self.model)
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A variant on its way through the phases."""
 
     context: Context
-    model: nnx.Module
-    """As the phases so far left it."""
+    lazy: Lazy
+    """The model as the phases so far left it; variants that begin from the same one share it."""
     phases: tuple[PhaseResult, ...] = ()
     error: NonFiniteError | None = None
 
@@ -70,9 +87,14 @@ class Outcome:
     """A variant after training: the whole model, how it does on validation, and its phases."""
 
     variant: str
-    model: nnx.Module
+    lazy: Lazy
     validation_metrics: dict[str, float]
     phases: tuple[PhaseResult, ...]
+
+    @property
+    def model(self) -> nnx.Module:
+        """The whole model."""
+        return self.lazy.model
 
 
 def train_variants(
@@ -87,13 +109,13 @@ def train_variants(
     with logs.open_logs(directory, name=job.name, config=settings, wandb=job.experiment.wandb) as log:
         contexts = [_context(job, variant, task, directory, session, log) for variant in searched]
         candidates = _start_models(contexts, searched, task, source)
-        phases = plan_phases(job.experiment, job.method, candidates[0].model)
+        phases = plan_phases(job.experiment, job.method, candidates[0].lazy.model)
         tables = [f"{planned.phase.name}, {planned.num_steps} steps\n{planned.partition}" for planned in phases]
         if distributed.is_main():
             (directory / "partition.txt").write_text("\n\n".join(tables) + "\n")
         populations = []
         for index, planned in enumerate(phases):
-            population = plan_population(job.experiment, searched, planned, candidates[0].model, task)
+            population = plan_population(job.experiment, searched, planned, candidates[0].lazy.model, task)
             candidates = _train_phase(candidates, planned, population, task, splits, index)
             populations.append({"phase": planned.phase.name, **population.to_json()})
     outcomes = [_outcome(candidate, splits) for candidate in candidates if candidate.error is None]
@@ -122,11 +144,11 @@ def _start_models(
     """Makes the model that each variant starts from, once for all that start from the same."""
 
     @functools.cache
-    def make(seed: int) -> nnx.Module:
-        return _start_model(contexts[0], task, source, seed)
+    def start(seed: int) -> Lazy:
+        return Lazy(functools.partial(_start_model, contexts[0], task, source, seed))
 
     seeds = [contexts[0].seed if variant.head_seed is None else variant.head_seed for variant in searched]
-    return [Candidate(context, make(seed)) for context, seed in zip(contexts, seeds, strict=True)]
+    return [Candidate(context, start(seed)) for context, seed in zip(contexts, seeds, strict=True)]
 
 
 def _start_model(context: Context, task: Task, source: Source | None, head_seed: int) -> nnx.Module:
@@ -169,26 +191,28 @@ def _rounded(candidates: Sequence[Candidate], planned: PlannedPhase) -> list[Can
     dtype = candidates[0].context.experiment.train.frozen_dtype
     if dtype == "float32":
         return list(candidates)
-    made: dict[int, nnx.Module] = {}
-    for model in (candidate.model for candidate in candidates):
-        if id(model) not in made:
-            graphdef, arrays = _taken_apart(model)
-            made[id(model)] = planned.partition.assemble(graphdef, round_frozen(arrays, planned.partition, dtype))
-    return [dataclasses.replace(candidate, model=made[id(candidate.model)]) for candidate in candidates]
+
+    @functools.cache
+    def rounded(lazy: Lazy) -> Lazy:
+        graphdef, arrays = lazy.apart
+        arrays = round_frozen(arrays, planned.partition, dtype)
+        return Lazy(functools.partial(planned.partition.assemble, graphdef, arrays))
+
+    return [dataclasses.replace(candidate, lazy=rounded(candidate.lazy)) for candidate in candidates]
 
 
 def _solve_phase(candidates: Sequence[Candidate], planned: PlannedPhase, splits: Splits, index: int) -> list[Candidate]:
     """Solves for the head once for all variants that are left and begin from the same model."""
-    results: dict[int, PhaseResult] = {}
+    results: dict[Lazy, PhaseResult] = {}
     solved = []
     for candidate in candidates:
         if candidate.error is None:
-            shared = results.get(id(candidate.model))
-            result = shared or solve_phase(candidate.context, planned, candidate.model, splits, index=index)
+            shared = results.get(candidate.lazy)
+            result = shared or solve_phase(candidate.context, planned, candidate.lazy.model, splits, index=index)
             # What the first one took counts once.
             features = dataclasses.replace(result.features, computed=0)
-            results[id(candidate.model)] = dataclasses.replace(result, train_flops=0.0, features=features)
-            candidate = _advance(candidate, planned, result, _taken_apart(candidate.model))
+            results[candidate.lazy] = dataclasses.replace(result, train_flops=0.0, features=features)
+            candidate = _advance(candidate, planned, result)
         solved.append(candidate)
     return solved
 
@@ -200,39 +224,29 @@ def _train_part(
     try:
         if len(part) == 1:
             found: list[PhaseResult | NonFiniteError] = [
-                run_phase(first.context, planned, first.model, splits, index=index)
+                run_phase(first.context, planned, first.lazy.model, splits, index=index)
             ]
         else:
-            cost = abstract_cost(first.context.experiment, first.context.method, planned, first.model, task)
-            contexts, models = [each.context for each in part], [each.model for each in part]
+            cost = abstract_cost(first.context.experiment, first.context.method, planned, first.lazy.model, task)
+            contexts, models = [each.context for each in part], [each.lazy.model for each in part]
             found = [*run_population(contexts, planned, models, splits, index=index, cost=cost)]
     except NonFiniteError as error:
         return [dataclasses.replace(candidate, error=error) for candidate in part]
-    distinct = {id(candidate.model): candidate.model for candidate in part}
-    starts = {name: _taken_apart(model) for name, model in distinct.items()}
-    return [
-        _advance(candidate, planned, result, starts[id(candidate.model)])
-        for candidate, result in zip(part, found, strict=True)
-    ]
+    return [_advance(candidate, planned, result) for candidate, result in zip(part, found, strict=True)]
 
 
-def _taken_apart(model: nnx.Module) -> tuple[nnx.GraphDef, Arrays]:
-    return nnx.graphdef(model), arrays_of(model)
-
-
-def _advance(
-    candidate: Candidate,
-    planned: PlannedPhase,
-    result: PhaseResult | NonFiniteError,
-    start: tuple[nnx.GraphDef, Arrays],
-) -> Candidate:
-    """Returns the candidate as a phase left it; `start` is its model before, taken apart once for all that share it."""
+def _advance(candidate: Candidate, planned: PlannedPhase, result: PhaseResult | NonFiniteError) -> Candidate:
+    """Returns the candidate as a phase left it."""
     if isinstance(result, NonFiniteError):
         return dataclasses.replace(candidate, error=result)
-    graphdef, before = start
-    model = planned.partition.assemble(graphdef, before | result.arrays)
+    lazy = Lazy(functools.partial(_put_together, planned, *candidate.lazy.apart, result.arrays))
+    return dataclasses.replace(candidate, lazy=lazy, phases=(*candidate.phases, result))
+
+
+def _put_together(planned: PlannedPhase, graphdef: nnx.GraphDef, before: Arrays, moved: Arrays) -> nnx.Module:
+    model = planned.partition.assemble(graphdef, before | moved)
     _check_frozen(planned, before, arrays_of(model))
-    return dataclasses.replace(candidate, model=model, phases=(*candidate.phases, result))
+    return model
 
 
 def _outcome(candidate: Candidate, splits: Splits) -> Outcome:
@@ -240,8 +254,8 @@ def _outcome(candidate: Candidate, splits: Splits) -> Outcome:
     if phases:
         metrics = phases[-1].validation_metrics
     else:
-        metrics, _ = evaluate_model(context.experiment, context.num_classes, candidate.model, splits.validation)
-    return Outcome(context.variant, candidate.model, metrics, phases)
+        metrics, _ = evaluate_model(context.experiment, context.num_classes, candidate.lazy.model, splits.validation)
+    return Outcome(context.variant, candidate.lazy, metrics, phases)
 
 
 def _tried(candidate: Candidate, outcomes: Sequence[Outcome]) -> dict[str, Any]:

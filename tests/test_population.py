@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import runs
 
-from jxfer import checkpoint, methods, plan
+from jxfer import checkpoint, methods, plan, search
 from jxfer.config import Experiment, Method, Phase, SearchConfig
 from jxfer.run import run
 from jxfer.search import Job
@@ -122,6 +122,36 @@ def test_a_run_of_which_no_variant_is_left_fails(experiment, source, tmp_path):
     row = run(job, tmp_path, runs.QUIET, source=source)
     assert row["status"] == "failed"
     assert "at step" in row["error"]
+
+
+def test_models_are_put_together_for_those_who_need_them(experiment, source, tmp_path, monkeypatch):
+    made = []
+
+    def put_together(planned, *parts):
+        made.append(planned.phase.name)
+        return real(planned, *parts)
+
+    real = search._put_together
+    monkeypatch.setattr(search, "_put_together", put_together)
+    finish(searching(experiment, SearchConfig(learning_rate=RATES)), norms, tmp_path, source)
+    assert made == ["probe"] * 3 + ["tune"], "the next phase begins from all, and one is chosen in the end"
+
+
+@pytest.mark.parametrize("rates", [(), RATES], ids=["alone", "together"])
+def test_a_frozen_array_that_a_phase_hands_on_changed_fails_the_run(experiment, source, tmp_path, monkeypatch, rates):
+    real = search._advance
+
+    def leaking(candidate, planned, result):
+        stem = candidate.lazy.apart[1]["stem/conv/kernel"]
+        return real(
+            candidate, planned, dataclasses.replace(result, arrays={**result.arrays, "stem/conv/kernel": -stem})
+        )
+
+    monkeypatch.setattr(search, "_advance", leaking)
+    job = Job(searching(experiment, SearchConfig(learning_rate=rates)), methods.linear_probe, 3, 0)
+    row = run(job, tmp_path, runs.QUIET, source=source)
+    assert row["status"] == "failed"
+    assert row["error"] == "audit after phase `probe`: frozen but changed or not deterministic: stem/conv/kernel"
 
 
 def test_a_population_in_parts_gives_what_it_gives_whole(experiment, source, tmp_path):
