@@ -7,6 +7,7 @@ every array, and the size and checksum of every file, and all are checked before
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jxfer import distributed, paths
-from jxfer.damage import MANIFEST, damage_of, measured, size_of
+from jxfer.damage import checksums, damage_of, measured, read_manifest, size_of, write_manifest
 from jxfer.sharding import put
 from jxfer.typing import InputError, PyTree
 
@@ -88,7 +89,7 @@ class Checkpoints:
         manifest = {"arrays": _describe(flat), "metadata": metadata}
         directory = self._directory / str(step)
         response = _start_write(directory, flat)
-        self._pending = self._worker.submit(self._finish, response, directory, manifest, guard)
+        self._pending = self._worker.submit(self._finish, response, directory, manifest, guard, next(_numbers))
 
     def restore(self, template: PyTree, *, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Returns the state at `step` (None: the newest) and the `extra` saved with it.
@@ -151,11 +152,12 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def _finish(self, response: Any, directory: Path, manifest: dict[str, Any], guard: Callable[[], None]) -> None:
+    def _finish(
+        self, response: Any, directory: Path, manifest: dict[str, Any], guard: Callable[[], None], number: int
+    ) -> None:
         _await_write(response, directory)
-        guard()
+        _seal(directory, manifest, number, guard=guard)
         if distributed.is_main():
-            _write_manifest(directory, manifest)
             self._prune()
 
     def _prune(self) -> None:
@@ -197,8 +199,8 @@ def save_arrays(directory: Path, arrays: Mapping[str, Any], *, metadata: dict[st
     directory = Path(directory).absolute()
     distributed.on_main(lambda: _make_writable(directory.parent))
     _await_write(_start_write(directory, dict(arrays)), directory)
-    manifest = {"arrays": _describe(arrays), "metadata": metadata}
-    distributed.on_main(lambda: _write_manifest(directory, manifest))
+    _seal(directory, {"arrays": _describe(arrays), "metadata": metadata}, next(_numbers))
+    distributed.barrier()
 
 
 def load_arrays(directory: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -323,17 +325,32 @@ def _like(leaf: Any, value: Any) -> Any:
     return type(leaf)(value.item())
 
 
-def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    files = {str(f.relative_to(directory)): measured(f) for f in sorted(directory.rglob("*")) if f.is_file()}
-    temporary = directory / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({**manifest, "files": files}))
-    temporary.replace(directory / MANIFEST)
+_numbers = itertools.count()
+"""Of the saves so far, which all processes make in the same order."""
+
+
+def _seal(directory: Path, manifest: dict[str, Any], number: int, *, guard: Callable[[], None] = lambda: None) -> None:
+    """Makes a checkpoint whole: process 0 writes its manifest, with the checksums that each process has of its files.
+
+    Args:
+      directory: on which Orbax is done in all processes.
+      manifest: but for the files.
+      number: of the save.
+      guard: called before.
+    """
+    own = checksums(directory)
+    if not distributed.is_main():
+        distributed.hand_over(f"save-{number}", own)
+    guard()
+    if distributed.is_main():
+        known = {name: value for each in distributed.hand_over(f"save-{number}", own) for name, value in each.items()}
+        write_manifest(directory, {**manifest, "files": measured(directory, known)})
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     """Returns the manifest of a whole checkpoint, or an empty dict."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = read_manifest(directory)
         whole = all((directory / name).stat().st_size == size_of(each) for name, each in manifest["files"].items())
     except (OSError, ValueError):
         return {}

@@ -109,7 +109,7 @@ def run_population(
 def newest_checkpoint(directory: Path, *, variant: str, index: int) -> int:
     """Returns the step from which a variant's phase will resume, alone or in its population; 0 where none is saved."""
     populations = [file.parent.name for file in (directory / "checkpoints").glob(f"*/{_MEMBERS}")]
-    names = [name for name in populations if variant in json.loads(_members_file(directory, name).read_text())]
+    names = [name for name in populations if _may_be_in(_members_file(directory, name), variant)]
     return max(newest_step(checkpoint_folder(directory, name, index)) or 0 for name in (variant, *names))
 
 
@@ -290,6 +290,13 @@ def _audit(
 def _population_name(variants: Sequence[str]) -> str:
     digest = hashlib.blake2b("\n".join(variants).encode(), digest_size=4).hexdigest()
     return f"population-{digest}"
+
+
+def _may_be_in(members: Path, variant: str) -> bool:
+    try:
+        return variant in json.loads(members.read_text())
+    except ValueError:  # damaged: rather than dropping rows of the log, take it for one of them
+        return True
 
 
 def _members_file(directory: Path, population: str) -> Path:

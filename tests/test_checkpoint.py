@@ -19,6 +19,7 @@ import pytest
 from jxfer import checkpoint, sharding
 from jxfer.checkpoint import Checkpoints
 from jxfer.config import MeshConfig
+from jxfer.damage import read_manifest, set_aside
 from jxfer.typing import InputError
 
 TX = optax.chain(
@@ -221,6 +222,24 @@ def test_a_checkpoint_with_any_file_missing_or_cut_short_is_not_whole(tmp_path):
             empty = damage == "cut" and (tmp_path / "good" / name).stat().st_size == 0
             assert Checkpoints(tmp_path / "bad").latest() == (2 if empty else 1), (name, damage)
             shutil.rmtree(tmp_path / "bad")
+
+
+def test_whatever_byte_of_a_manifest_is_flipped_it_is_named_or_says_what_it_said(tmp_path):
+    folder = tmp_path / "checkpoints" / "default" / "0"
+    with Checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"w": jnp.zeros(4)}, metrics={"accuracy": 0.5}, extra={"best_step": 0})
+    file, expected = folder / "2" / "manifest.json", read_manifest(folder / "2")
+    content, notes = file.read_bytes(), []
+    for position in range(len(content)):
+        file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        set_aside(tmp_path, notes.append)
+        if file.exists():
+            assert expected.items() <= read_manifest(folder / "2").items(), "the name of its checksum"
+        else:
+            assert f"{folder / '2'}' is damaged: 'manifest.json' has other bytes" in notes.pop()
+            assert Checkpoints(folder).latest() == 1
+    assert notes == []
 
 
 def test_leftovers_of_a_killed_save_are_ignored_and_cleared_by_the_next(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import runs
 from processes import Ended
 
-from jxfer import checkpoint, distributed, sharding
+from jxfer import checkpoint, damage, distributed, sharding
 from jxfer.checkpoint import Checkpoints
 from jxfer.config import MeshConfig
 from jxfer.distributed import Place, find_place
@@ -302,6 +302,25 @@ def test_the_weights_of_a_run_of_two_processes_are_whole(pair):
         **{path: np.asarray(value).tolist() for path, value in make_state()["params"].items()},
         "host": [0, 1, 2],
     }
+
+
+@pytest.mark.parametrize("name", ["two-fsdp/1", "weights"])
+def test_a_flipped_byte_of_what_two_processes_saved_is_named_whoever_wrote_the_file(pair, tmp_path, name, monkeypatch):
+    saved = shutil.copytree(pair[0] / name, tmp_path / "copy")
+    assert damage.damage_of(saved) is None
+    for file in (file for file in damage.files_of(saved) if (saved / file).stat().st_size):
+        content = (saved / file).read_bytes()
+        middle = len(content) // 2
+        (saved / file).write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        assert damage.damage_of(saved) == f"'{file}' has other bytes than were written"
+        (saved / file).write_bytes(content)
+    parts = []
+    for index in range(2):
+        monkeypatch.setattr(distributed, "index", lambda index=index: index)
+        parts.append(damage.checksums(saved).keys())
+    assert not parts[0] & parts[1], "each reads what it has written"
+    assert sorted(parts[0] | parts[1]) == damage.files_of(saved)
+    assert parts[1] or name == "weights"
 
 
 @pytest.mark.parametrize("order", ["usual", "reversed"])
