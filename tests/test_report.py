@@ -271,6 +271,24 @@ def test_runs_that_skipped_steps_or_went_back_are_listed(tmp_path: Path):
     ]
 
 
+def test_settings_that_were_put_aside_are_listed_with_why(tmp_path: Path):
+    write_fake(tmp_path, methods=("partial", "scratch"), shots=(5,), seeds=2)
+    file = tmp_path / "results.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    report.build(tmp_path)
+    assert "put aside" not in (tmp_path / "report.md").read_text()
+    for row in rows[:2]:
+        row["variants"][2] = {"variant": "learning_rate=0.1", "error": f"loss is nan at step {row['seed']}<b>"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.build(tmp_path)
+    assert "Settings that were put aside (1)" in (tmp_path / "report.md").read_text()
+    cells = re.search(
+        r"<td>partial</td><td>learning_<wbr>rate=0.1</td><td[^>]*>2</td><td>loss is nan at step 0&lt;b&gt;</td>",
+        (tmp_path / "report.html").read_text(),
+    )
+    assert cells
+
+
 def test_building_again_gives_the_same_bytes(tmp_path: Path):
     report.build(write_fake(tmp_path, methods=("linear_probe", "scratch"), shots=(5,), seeds=2))
     before = (tmp_path / "report.html").read_bytes()

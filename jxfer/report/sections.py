@@ -98,6 +98,8 @@ def _training(material: Material) -> tuple[Block, ...]:
     for name, shots in zip(("settings", "settings_most"), extremes(material.results), strict=False):
         if figure := training.settings_figure(material.results, shots, looks, name=name):
             blocks.append(figure)
+    if table := tables.put_aside_table(material.results):
+        blocks.append(Fold(f"Settings that were put aside ({len(table.rows)})", (table,)))
     if table := tables.disturbed_table(material.results):
         said = "Steps with a loss or gradient that is not finite were left out, or trained again on other batches."
         blocks += [Text(said, tone="bad"), table]

@@ -1,5 +1,6 @@
 """The tables of the report, and the one on the terminal."""
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -98,6 +99,20 @@ def disturbed_table(results: Results) -> Table | None:
     ]
     header = ("Method", "Examples per class", "Seed", "Steps skipped", "Rollbacks")
     return Table(header, tuple(rows)) if rows else None
+
+
+def put_aside_table(results: Results) -> Table | None:
+    """The settings that came to no result in some runs that others finished, and why; None where all did."""
+    errors: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for row in results.rows:
+        for variant in row.get("variants") or ():
+            if variant.get("error"):
+                errors[row["method"], _setting(variant["variant"])].append(str(variant["error"]))
+    rows = [
+        (Cell(method), Cell(setting), Cell(str(len(found)), len(found)), Cell(found[0]))
+        for (method, setting), found in errors.items()
+    ]
+    return Table(("Method", "Setting", "Runs", "Why, in the first"), tuple(rows)) if rows else None
 
 
 def runs_table(results: Results) -> Table:
