@@ -30,8 +30,13 @@ from jxfer.features import Extractor, stored_splits
 from jxfer.models.alexnet import AlexNetConfig
 from jxfer.models.audio_cnn import AudioCnnConfig
 from jxfer.models.bert import BertConfig
+from jxfer.models.convnext import ConvNeXtConfig
+from jxfer.models.mobilenet import MobileNetV2Config
 from jxfer.models.rnn import RnnConfig
+from jxfer.models.speech_embedding import SpeechEmbeddingConfig
+from jxfer.models.squeezenet import SqueezeNetConfig
 from jxfer.models.stages import run_stages, stage_of
+from jxfer.models.vgg import VGGConfig
 from jxfer.models.vit import ViTConfig
 from jxfer.partition import Partition, arrays_of, frozen_boundary
 from jxfer.plan import PlannedPhase, phase_steps, plan_phases, prepare_images, start_phase
@@ -46,10 +51,16 @@ OTHERS = {
     "bert": BertConfig(8, 2, 2, 16, vocab_size=20, max_positions=12),
     "rnn": RnnConfig(vocab_size=20, embedding_dim=4, hidden_dim=3, num_layers=2),
     "audio_cnn": AudioCnnConfig(num_mels=16, widths=(4, 4, 6)),
+    "vgg": VGGConfig((1, 1, 1, 1, 1), batch_norm=True, widths=(4, 4, 5, 5, 6), hidden_dim=8),
+    "squeezenet": SqueezeNetConfig(6, squeezed=(2,) * 8, expanded=(3,) * 8),
+    "mobilenet": MobileNetV2Config(width=0.1),
+    "convnext": ConvNeXtConfig((1, 1, 2, 1), widths=(4, 5, 6, 7), layer_scale=0.1, drop_path=0.2),
+    "speech": SpeechEmbeddingConfig(widths=(4, 4, 5, 5, 6)),
 }
 """More kinds of models, some of which read something else or hand several arrays from stage to stage."""
 
 SHAPES = {"image": tiny.IMAGE_SHAPE, "text": (12,), "audio": (4000,), "alexnet": (63, 63, 1)}
+SHAPES |= dict.fromkeys(("vgg", "squeezenet", "mobilenet", "convnext"), (32, 32, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +224,11 @@ ALL = [
     *itertools.product(("bert",), ("blocks/0", "blocks/1", "head")),
     *itertools.product(("rnn",), ("layers/0", "layers/1", "head")),
     *itertools.product(("audio_cnn",), ("layer1", "layer2", "head")),
+    ("vgg", "layer4"),
+    ("squeezenet", "layer2"),
+    ("mobilenet", "layer5"),
+    ("convnext", "layer3"),
+    ("speech", "layer3"),
 ]
 CUTS = [*QUICK, *(pytest.param(*cut, marks=pytest.mark.slow) for cut in ALL if cut not in QUICK)]
 
