@@ -12,6 +12,7 @@ from jxfer.objectives import means
 from jxfer.sharding import share_of
 from jxfer.state import Fixed
 from jxfer.step import EvalStep
+from jxfer.typing import Proceed, always
 
 BATCHES_AHEAD = 2
 
@@ -24,10 +25,12 @@ def evaluate(
     *,
     batch_size: int,
     mesh: jax.sharding.Mesh,
+    proceed: Proceed = always,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Returns the mean metrics, in float64, and the outputs [N K] float32 in the order of the split's examples.
 
     Of a `Population` as `state`, with its own step, these are metrics [V] and outputs [N V K]. All processes get all.
+    `proceed` is called with every batch.
     """
     pending: list[Any] = []
     fetched = []
@@ -35,6 +38,7 @@ def evaluate(
     placed = map(share.put, eval_batches(split, batch_size=batch_size, rows=share.rows))
     with Ahead(placed, what=lambda taken: f"the examples from '{split.ids[taken * batch_size]}' on") as batches:
         for batch in batches:
+            proceed()
             pending.append(distributed.everywhere(eval_step(state, fixed, batch)))
             # Fetched a little late, so that the device need not wait for the host and holds few batches at a time.
             if len(pending) > BATCHES_AHEAD:

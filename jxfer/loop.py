@@ -36,6 +36,11 @@ class Session:
     trace_steps: int | None = None
     """Of how many steps of each phase a trace is written; None writes none."""
 
+    def proceed(self, doing: str) -> None:
+        """Raises InterruptedRun once the session should stop; for work of which nothing remains to be saved."""
+        if self.should_stop():
+            raise InterruptedRun(f"stopped while {doing}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
@@ -94,7 +99,7 @@ def train(
       num_steps: optimizer updates of the phase, those before `state.step` included.
       log_every: steps per window of metrics; a window is fetched when the next one is full.
       on_window: receives each window.
-      hooks: called in order.
+      hooks: called in order; one that raises InterruptedRun before it has done anything ends the loop as `should_stop`.
       on_stop: called with step and state before the loop gives up.
       should_stop: asked after every step, and where a batch does not come for long.
       check: called with the step and the fetched metrics of every step; None is `check_finite`.
@@ -102,7 +107,7 @@ def train(
 
     Raises:
       NonFiniteError: a metric became NaN or infinite; the message names the first step and the metric.
-      InterruptedRun: `should_stop` answered true and `on_stop` has returned.
+      InterruptedRun: `should_stop` answered true, or a hook raised it, and `on_stop` has returned.
     """
     windows, start = _Windows(on_window, check or check_finite), int(state.step)
     # Several processes must stop after the same step; one may stop while it waits.
@@ -123,6 +128,10 @@ def train(
                 _call_hooks(hooks, step, state, windows, last=step == num_steps)
             except NonFiniteError:
                 windows.flush()  # raises for the first such step, where what the hook found began
+                raise
+            except InterruptedRun:
+                windows.flush()
+                on_stop(step, state)
                 raise
             if should_stop() and step < num_steps:
                 windows.flush()

@@ -1,8 +1,8 @@
 """What a trained model is worth and what it took: the test split read once, predictions, weights, costs."""
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy as np
 from jxfer import checkpoint, config, data, distributed
 from jxfer.config import DataConfig, Experiment
 from jxfer.features import total
+from jxfer.loop import Session
 from jxfer.partition import FROZEN, Partition, arrays_of, fingerprint
 from jxfer.phase import evaluate_model
 from jxfer.search import Job, Outcome
 from jxfer.source import Source, base_record, delta
 from jxfer.task import Task, load_data, source_model
-from jxfer.typing import InputError
+from jxfer.typing import InputError, Proceed, always
 
 COSTS = (
     "params_total",
@@ -42,14 +43,20 @@ def measure(
     directory: Path,
     chosen: Outcome,
     source: Source | None,
-    *,
-    guard: Callable[[], None],
+    session: Session,
 ) -> dict[str, Any]:
-    """Reads the test split, for the first and only time, and writes predictions and weights once `guard` has let it."""
+    """Reads the test split, for the first and only time, and writes predictions and weights.
+
+    Raises:
+      InterruptedRun: once the session should stop, where checkpoints or solvers bring the run back here soon.
+    """
     num_classes = len(task.target_classes)
-    metrics, outputs = evaluate_model(job.experiment, num_classes, chosen.model, drawn.test)
-    _, validation = evaluate_model(job.experiment, num_classes, chosen.model, drawn.validation)
-    guard()
+    steps = any(phase.solver is None for phase in job.method.phases)
+    lost = steps and job.experiment.train.checkpoint_every is None  # all of the training, if this were to stop
+    proceed = always if lost else functools.partial(session.proceed, f"evaluating {job.title}")
+    metrics, outputs = evaluate_model(job.experiment, num_classes, chosen.model, drawn.test, proceed=proceed)
+    _, validation = evaluate_model(job.experiment, num_classes, chosen.model, drawn.validation, proceed=proceed)
+    session.guard()
     if distributed.is_main():
         np.savez(
             directory / "predictions.npz",
@@ -80,12 +87,12 @@ def measure(
         "variant": chosen.variant,
         "metrics": metrics,
         "validation_metrics": chosen.validation_metrics,
-        "source_metrics": source_metrics(job.experiment, task, chosen, source),
+        "source_metrics": source_metrics(job.experiment, task, chosen, source, proceed=proceed),
     }
 
 
 def source_metrics(
-    experiment: Experiment, task: Task, chosen: Outcome, source: Source | None
+    experiment: Experiment, task: Task, chosen: Outcome, source: Source | None, *, proceed: Proceed = always
 ) -> dict[str, float] | None:
     """Measures what transfer left of the source task: the source's own head on the backbone as it is now.
 
@@ -108,7 +115,7 @@ def source_metrics(
     digest = hashlib.sha256(repr(sorted(fingerprint({**own, **head}).items())).encode()).hexdigest()
     if digest not in _MEASURED:
         settings = dataclasses.replace(experiment, target=source.data)
-        _MEASURED[digest] = evaluate_model(settings, len(source.classes), model, split)[0]
+        _MEASURED[digest] = evaluate_model(settings, len(source.classes), model, split, proceed=proceed)[0]
     return _MEASURED[digest]
 
 

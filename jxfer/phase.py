@@ -29,7 +29,7 @@ from jxfer.sharding import make_mesh, spanning
 from jxfer.state import Fixed, TrainState, init_state, place_state
 from jxfer.step import EvalStep, TrainStep, make_eval_step
 from jxfer.task import load_data
-from jxfer.typing import Arrays, AuditError, NonFiniteError
+from jxfer.typing import Arrays, AuditError, NonFiniteError, Proceed, always
 
 EVAL_BATCH_SIZE = 256
 FEATURE_BATCH_SIZE = 64
@@ -201,7 +201,7 @@ class _Keeper:
         self.num_rollbacks, self.num_retaken = 0, 0
         self._context, self._planned, self._fixed = context, planned, fixed
         self._eval_step, self._validation, self._directory = eval_step, validation, directory
-        self._saved_step = 0
+        self._saved_step, self._looked = 0, 0
 
     def __enter__(self) -> "_Keeper":
         return self
@@ -231,7 +231,9 @@ class _Keeper:
             self._validation,
             batch_size=EVAL_BATCH_SIZE,
             mesh=self._context.mesh,
+            proceed=self._proceed,
         )
+        self._looked = step
         check_finite(step, metrics)
         self._context.log(log_row(self._context, self._planned, step, "validation") | metrics)
         if not self.best_metrics or rank(metrics) > rank(self.best_metrics):
@@ -250,6 +252,7 @@ class _Keeper:
         extra = {
             "best_step": self.best_step,
             "best_metrics": self.best_metrics,
+            "looked": self._looked,
             "num_rollbacks": self.num_rollbacks,
             "num_retaken": self.num_retaken,
         }
@@ -259,9 +262,7 @@ class _Keeper:
     def stop(self, step: int, state: TrainState) -> None:
         """Saves the state, and before it the best one, which no checkpoint has where none were asked for."""
         if self.best_step not in (0, step, *self._checkpoints.steps()):
-            with self._open_best() as best:
-                if self.best_step not in best.steps():  # never rewrite the one that an earlier stop relies on
-                    best.save(self.best_step, self.best_arrays, guard=self._context.session.guard)
+            self._save_best()
         self.save(step, state, passing=True)
 
     def resume(self, state: TrainState) -> TrainState:
@@ -276,6 +277,11 @@ class _Keeper:
         if extra["best_step"]:
             self.best_step, self.best_metrics = extra["best_step"], extra["best_metrics"]
             self.best_arrays = self._restore_best(state)
+        self._looked = extra.get("looked", newest)
+        if self._looked != newest and is_due(newest, self._context.experiment.train.eval_every, self._planned):
+            self.evaluate(newest, resumed)  # it was stopped in this look
+            if self.best_step == newest:
+                self._save_best()  # its checkpoint does not say so, and will go
         return resumed
 
     def roll_back(
@@ -305,6 +311,15 @@ class _Keeper:
         )
         return state
 
+    def _proceed(self) -> None:
+        if self._context.experiment.train.non_finite != "rollback":  # which needs the checkpoints it had undisturbed
+            self._context.session.proceed(f"looking at the validation split of {self._context.title}")
+
+    def _save_best(self) -> None:
+        with self._open_best() as best:
+            if self.best_step not in best.steps():  # never rewrite the one that an earlier stop relies on
+                best.save(self.best_step, self.best_arrays, guard=self._context.session.guard)
+
     def _restore_best(self, state: TrainState) -> Arrays:
         if self.best_step in self._checkpoints.steps():
             return self._worth_keeping(self._checkpoints.restore(state, step=self.best_step)[0])
@@ -331,8 +346,13 @@ class _Keeper:
         self._context.session.progress(what, step, self._planned.num_steps)
 
 
+def is_due(step: int, every: int, planned: PlannedPhase) -> bool:
+    """Tells whether something that is done every so many steps, and after the last one, is done after this one."""
+    return step % every == 0 or step == planned.num_steps
+
+
 def evaluate_model(
-    experiment: Experiment, num_classes: int, model: nnx.Module, split: Split
+    experiment: Experiment, num_classes: int, model: nnx.Module, split: Split, *, proceed: Proceed = always
 ) -> tuple[dict[str, float], np.ndarray]:
     """Evaluates a whole model on the inputs of a split, however it was trained; returns metrics and outputs [N K]."""
     partition = Partition.of(model, [("**", FROZEN)])
@@ -341,7 +361,7 @@ def evaluate_model(
     state, fixed = spanning((state, fixed), mesh)
     prepare = prepare_images(experiment, num_classes, train=False)
     eval_step = make_eval_step(classification(), prepare=prepare)
-    return evaluate(eval_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=mesh)
+    return evaluate(eval_step, state, fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=mesh, proceed=proceed)
 
 
 def rank(metrics: dict[str, float]) -> tuple[float, float]:

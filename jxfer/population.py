@@ -21,7 +21,7 @@ from jxfer.data import Split
 from jxfer.evaluate import evaluate
 from jxfer.loop import Hook, Window, check_finite, train
 from jxfer.partition import Audit, fingerprint
-from jxfer.phase import EVAL_BATCH_SIZE, PhaseResult, Splits, rank, store_features
+from jxfer.phase import EVAL_BATCH_SIZE, PhaseResult, Splits, is_due, rank, store_features
 from jxfer.plan import POPULATION, PlannedPhase, phase_steps, start_population
 from jxfer.state import Fixed, Population, member, place_population
 from jxfer.step import EvalStep
@@ -135,7 +135,7 @@ class _Keeper:
         self._eval_step, self._validation = eval_step, validation
         self._name = _population_name([context.variant for context in contexts])
         self._directory = checkpoint_folder(contexts[0].directory, self._name, index)
-        self._saved_step = 0
+        self._saved_step, self._looked = 0, 0
 
     def __enter__(self) -> "_Keeper":
         return self
@@ -165,7 +165,16 @@ class _Keeper:
 
     def evaluate(self, step: int, population: Population) -> None:
         mesh, split = self._contexts[0].mesh, self._validation
-        metrics, _ = evaluate(self._eval_step, population, self._fixed, split, batch_size=EVAL_BATCH_SIZE, mesh=mesh)
+        metrics, _ = evaluate(
+            self._eval_step,
+            population,
+            self._fixed,
+            split,
+            batch_size=EVAL_BATCH_SIZE,
+            mesh=mesh,
+            proceed=self._proceed,
+        )
+        self._looked = step
         self.check(step, metrics)
         better = np.zeros(population.alive.shape[0], bool)
         for variant, context in enumerate(self._contexts):
@@ -195,7 +204,12 @@ class _Keeper:
         guard()
         distributed.on_main(self._write_members)
         failures = {str(variant): str(error) for variant, error in self.failures.items()}
-        extra = {"best_steps": self.best_steps, "best_metrics": self.best_metrics, "failures": failures}
+        extra = {
+            "best_steps": self.best_steps,
+            "best_metrics": self.best_metrics,
+            "failures": failures,
+            "looked": self._looked,
+        }
         self._checkpoints.save(step, self._saved(population), extra=extra, guard=guard)
 
     def resume(self, population: Population) -> Population:
@@ -206,7 +220,14 @@ class _Keeper:
         self.best_steps, self.best_metrics = extra["best_steps"], extra["best_metrics"]
         self.failures = {int(variant): NonFiniteError(text) for variant, text in extra["failures"].items()}
         self.best_arrays, self._saved_step = saved["best"], newest
+        self._looked = extra.get("looked", newest)
+        if self._looked != newest and is_due(newest, self._contexts[0].experiment.train.eval_every, self._planned):
+            self.evaluate(newest, saved["population"])  # it was stopped in this look
         return saved["population"]
+
+    def _proceed(self) -> None:
+        context = self._contexts[0]
+        context.session.proceed(f"looking at the validation split of {context.title}")
 
     def _saved(self, population: Population) -> dict[str, Any]:
         return {"population": population, "best": self.best_arrays}

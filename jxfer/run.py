@@ -49,9 +49,7 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
     try:
         outcomes, tried = train_variants(job, task, drawn, directory, session, source)
         chosen = max(outcomes, key=lambda outcome: rank(outcome.validation_metrics))
-        measured = (
-            measure(job, task, drawn, directory, chosen, source, guard=session.guard) | costs(outcomes, chosen) | tried
-        )
+        measured = measure(job, task, drawn, directory, chosen, source, session) | costs(outcomes, chosen) | tried
         measured |= record(job.method, chosen.phases)
     except (NonFiniteError, ConvergenceError) as error:
         measured = {"status": "failed", "error": str(error), "metrics": None}

@@ -254,7 +254,10 @@ def _outcome(candidate: Candidate, splits: Splits) -> Outcome:
     if phases:
         metrics = phases[-1].validation_metrics
     else:
-        metrics, _ = evaluate_model(context.experiment, context.num_classes, candidate.lazy.model, splits.validation)
+        proceed = functools.partial(context.session.proceed, f"evaluating {context.title}")
+        metrics, _ = evaluate_model(
+            context.experiment, context.num_classes, candidate.lazy.model, splits.validation, proceed=proceed
+        )
     return Outcome(context.variant, candidate.lazy, metrics, phases)
 
 

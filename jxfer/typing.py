@@ -4,7 +4,7 @@ Axis letters: B batch, N examples of a split, K classes, H W C image rows, colum
 T samples of a sound, D features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import jax
@@ -37,6 +37,15 @@ HostBatch: TypeAlias = dict[str, np.ndarray]
 
 Metrics: TypeAlias = dict[str, jax.Array]
 """Name -> scalar; those an objective returns are sums over examples, with `count` among them."""
+
+Proceed: TypeAlias = Callable[[], None]
+"""Called again and again in work that takes long: it returns, or raises InterruptedRun where the work is to end.
+
+Of several processes all must call it equally often, so how often must not depend on what was computed."""
+
+
+def always() -> None:
+    """Lets work go on, as a `Proceed`."""
 
 
 class InputError(ValueError):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import runs
 
-from jxfer import checkpoint, methods, run
+from jxfer import checkpoint, methods, phase, run
 from jxfer.config import Experiment, Group, ModelConfig, SearchConfig
 from jxfer.loop import Session
 from jxfer.search import Job
@@ -83,6 +83,63 @@ def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(experiment, source
     row = run_with_stops(job, tmp_path / "stopped", source, (1, 4, 5, 3, 3))
     assert_same_result(row, expected, but=("config_hash",))
     assert_same_bits(final_arrays(tmp_path / "stopped"), final_arrays(tmp_path / "undisturbed"))
+
+
+class StopsInLook(Session):
+    """A session that wants to stop in the `nth` look at the validation split."""
+
+    def __init__(self, nth: int):
+        super().__init__(lambda what, done, total: None, lambda: False)
+        object.__setattr__(self, "left", iter(range(nth - 1)))
+
+    def proceed(self, doing: str) -> None:
+        if doing.startswith("looking at the validation split") and next(self.left, None) is None:
+            raise InterruptedRun(f"stopped while {doing}")
+
+
+@pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
+@pytest.mark.parametrize("checkpoint_every", [None, 4])
+def test_stopped_in_a_look_a_run_saves_looks_again_and_ends_as_if_it_had_not_been(
+    experiment, source, tmp_path, checkpoint_every, population
+):
+    search = dataclasses.replace(experiment.search, population=population)
+    experiment = runs.with_train(dataclasses.replace(experiment, search=search), checkpoint_every=checkpoint_every)
+    job = Job(experiment, methods.linear_probe, 3, 0)
+    expected = run_with_stops(job, tmp_path / "undisturbed", source)
+    newest = 0
+    # The second time only the look that is owed comes, which is interrupted once more; the last look is one too.
+    for nth, step in ((2, 4), (1, 4), (3, 8), (3, 12)):
+        with pytest.raises(InterruptedRun, match=r"stopped while looking at"):
+            run.run(job, tmp_path / "stopped", StopsInLook(nth), source=source)
+        newest = max(int(path.name) for path in (tmp_path / "stopped" / "checkpoints").glob("*/0/*"))
+        assert newest == step, "saved where it stopped"
+    assert_same_result(run.run(job, tmp_path / "stopped", runs.QUIET, source=source), expected)
+    assert_same_bits(final_arrays(tmp_path / "stopped"), final_arrays(tmp_path / "undisturbed"))
+    looks = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("stopped", "undisturbed")
+    ]
+    assert looks[0][-1]["step"] == looks[1][-1]["step"]
+    stopped, undisturbed = ([row for row in log if row["split"] == "validation"] for log in looks)
+    assert stopped == undisturbed
+
+
+def test_a_best_that_is_found_in_a_look_that_was_owed_stays(experiment, source, tmp_path, monkeypatch):
+    experiment = runs.with_train(dataclasses.replace(experiment, search=SearchConfig()), checkpoint_every=2)
+    job = Job(experiment, methods.linear_probe, 3, 0)
+    run_with_stops(job, tmp_path / "first", source)
+    log = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    (best,) = [row["loss"] for row in log if (row["split"], row["step"]) == ("validation", 4)]
+    monkeypatch.setattr(phase, "rank", lambda metrics: metrics["loss"] == best)
+    expected = run_with_stops(job, tmp_path / "undisturbed", source)
+    for nth in (2, 2, 3):  # the look at step 4 is the first one owed
+        with pytest.raises(InterruptedRun):
+            run.run(job, tmp_path / "stopped", StopsInLook(nth), source=source)
+    steps: list[int] = []
+    session = Session(lambda what, done, total: steps.append(done), lambda: False)
+    assert_same_result(run.run(job, tmp_path / "stopped", session, source=source), expected)
+    assert_same_bits(final_arrays(tmp_path / "stopped"), final_arrays(tmp_path / "undisturbed"))
+    assert steps[0] == 11, "without it, the checkpoint of step 10 would not have served"
 
 
 def test_a_resumed_run_keeps_the_rows_of_its_log_and_adds_none_twice(experiment, source, tmp_path):
