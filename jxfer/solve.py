@@ -1,6 +1,7 @@
 """One phase whose head a solver finds: features once, every setting of the path, the best on validation, audit."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,10 +34,13 @@ from jxfer.sharding import put
 from jxfer.solvers.heads import Heads
 from jxfer.solvers.logistic import LogisticPath
 from jxfer.state import Fixed, TrainState, place_state
-from jxfer.typing import AuditError, ConvergenceError, InputError
+from jxfer.typing import AuditError, ConvergenceError, InputError, Proceed
 
 TOLERANCES = {"cpu": 1e-4}
 """Between the solver's logits and those of the network with its head in, relative to the largest: float32 sums."""
+
+READ_ROWS = 2**16
+"""Of features, between two looks at whether to stop: half a gigabyte of rows of 2048."""
 
 LOOSE = 2e-2
 """The same where products have factors of few bits: in bfloat16, and on accelerators."""
@@ -47,6 +51,7 @@ def solve_phase(context: Context, planned: PlannedPhase, model: Any, splits: Spl
 
     Raises:
       ConvergenceError: no setting converged.
+      InterruptedRun: once the session should stop; stored features stay, the path is solved anew.
       AuditError: something frozen changed, the head did not move, or the network with its new head says something
         else than the solver.
     """
@@ -57,18 +62,19 @@ def solve_phase(context: Context, planned: PlannedPhase, model: Any, splits: Spl
     state, fixed = place_state(state, fixed, context.mesh, experiment.mesh)
     before = fingerprint(all_arrays(state, fixed))
     splits, took, feature_flops = _features(context, planned, state, fixed, splits)
-    train, validation = (_arrays(split) for split in (splits.train, splits.validation))
-    heads = planned.phase.solver.fit(*train, context.num_classes)
-    measured = _measure(heads, *validation)
+    proceed = functools.partial(context.session.proceed, f"solving {context.title} · {planned.phase.name}")
+    train, validation = (_arrays(split, proceed) for split in (splits.train, splits.validation))
+    heads = planned.phase.solver.fit(*train, context.num_classes, proceed=proceed)
+    measured = _measure(heads, *validation, proceed)
     # All processes solve, and what the first one found counts: in its last bits another's may differ.
     path = tuple(distributed.on_main(lambda: measured))
     best = _choose(context, planned, heads, path)
-    stages, stage_flops = _probe_stages(getattr(model, "taps", ()), train, validation, context.num_classes)
+    stages, stage_flops = _probe_stages(getattr(model, "taps", ()), train, validation, context.num_classes, proceed)
     head = distributed.same(heads.arrays(best))
     state = _with_head(state, {f"head/{name}": value for name, value in head.items()})
     _, eval_step = phase_steps(experiment, context.method, planned, context.num_classes)
     metrics, outputs = evaluate(
-        eval_step, state, fixed, splits.validation, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh
+        eval_step, state, fixed, splits.validation, batch_size=EVAL_BATCH_SIZE, mesh=context.mesh, proceed=proceed
     )
     _check_same(planned, outputs, heads.logits(validation[0], best), experiment.model.dtype)
     audit = planned.partition.audit(before, fingerprint(all_arrays(state, fixed)), fixed.definition.train_graphdef)
@@ -112,28 +118,36 @@ def _features(
     step = make_feature_step(prepare, stop="head")
     prefix = Prefix(step, state, fixed, context.mesh, FEATURE_BATCH_SIZE)
     flops = prefix.describe(splits.train)[1] * len(splits.train)
-    return Splits(_compute(prefix, splits.train), _compute(prefix, splits.validation)), Extraction(), flops
+    proceed = functools.partial(context.session.proceed, f"computing features of {context.title}")
+    train, validation = (_compute(prefix, split, proceed) for split in (splits.train, splits.validation))
+    return Splits(train, validation), Extraction(), flops
 
 
-def _compute(prefix: Prefix, split: Split) -> ArraySplit:
+def _compute(prefix: Prefix, split: Split, proceed: Proceed) -> ArraySplit:
     rows = []
     for batch in data.eval_batches(split, batch_size=prefix.batch_size, rows=prefix.share.rows):
+        proceed()
         rows.append(np.asarray(prefix(batch)[FEATURES])[: prefix.batch_size])
     return ArraySplit(split.ids, split.labels, {FEATURES: np.concatenate(rows)[: len(split)]})
 
 
-def _arrays(split: Split) -> tuple[jax.Array, jax.Array]:
-    """Returns all features [N D] float32 and labels [N] of a split."""
-    rows = split.read(np.arange(len(split)))
-    return jnp.asarray(rows[FEATURES], jnp.float32), jnp.asarray(split.labels, jnp.int32)
+def _arrays(split: Split, proceed: Proceed) -> tuple[jax.Array, jax.Array]:
+    """Returns all features [N D] float32 and labels [N] of a split, read in parts that take no longer than seconds."""
+    features = np.empty((len(split), *split.read(np.zeros(1, int))[FEATURES].shape[1:]), np.float32)
+    for start in range(0, len(split), READ_ROWS):
+        proceed()
+        rows = np.arange(start, min(start + READ_ROWS, len(split)))
+        features[rows] = split.read(rows)[FEATURES]
+    return jnp.asarray(features), jnp.asarray(split.labels, jnp.int32)
 
 
-def _measure(heads: Heads, features: jax.Array, labels: jax.Array) -> tuple[dict[str, Any], ...]:
+def _measure(heads: Heads, features: jax.Array, labels: jax.Array, proceed: Proceed) -> tuple[dict[str, Any], ...]:
     """Returns name and validation metrics of every setting, and an error for those that are not solved."""
     batch = {"label": labels, "mask": jnp.ones(len(labels))}
     sums = jax.jit(lambda logits, batch: classification().metrics(logits, batch))
     rows = []
     for index, name in enumerate(heads.names):
+        proceed()
         row: dict[str, Any] = {"variant": name}
         row["validation_metrics"] = means([jax.device_get(sums(heads.logits(features, index), batch))])
         if not heads.converged[index]:
@@ -157,14 +171,18 @@ def _choose(context: Context, planned: PlannedPhase, heads: Heads, path: Sequenc
 
 
 def _probe_stages(
-    taps: Sequence[tuple[str, int]], train: tuple[Any, Any], validation: tuple[Any, Any], num_classes: int
+    taps: Sequence[tuple[str, int]],
+    train: tuple[Any, Any],
+    validation: tuple[Any, Any],
+    num_classes: int,
+    proceed: Proceed,
 ) -> tuple[tuple[dict[str, Any], ...], float]:
     """Returns how well a head on each stage alone does, and the operations of finding these heads."""
     rows, flops, start = [], 0.0, 0
     for stage, width in taps:
         part = slice(start, start + width)
-        heads = LogisticPath().fit(train[0][:, part], train[1], num_classes)
-        path = [row for row in _measure(heads, validation[0][:, part], validation[1]) if "error" not in row]
+        heads = LogisticPath().fit(train[0][:, part], train[1], num_classes, proceed=proceed)
+        path = [row for row in _measure(heads, validation[0][:, part], validation[1], proceed) if "error" not in row]
         if path:
             best = max(path, key=lambda row: rank(row["validation_metrics"]))
             rows.append({"stage": stage, "setting": best["variant"], "validation_metrics": best["validation_metrics"]})

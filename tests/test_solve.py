@@ -12,9 +12,11 @@ from jxfer import methods, phase, predict, run, solve
 from jxfer.config import AugmentConfig, Method, ModelConfig, Phase, SearchConfig
 from jxfer.plan import plan_experiment
 from jxfer.run import Job
+from jxfer.solvers import logistic
 from jxfer.solvers.logistic import LogisticPath
 from jxfer.source import load_run
 from jxfer.surgery.head import NewHead
+from jxfer.typing import InterruptedRun
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -107,6 +109,32 @@ def test_fine_tuning_starts_from_the_probe_and_takes_all_steps(experiment, sourc
     for metrics in begins:
         assert metrics["accuracy"] == best["accuracy"]
         assert metrics["loss"] == pytest.approx(best["loss"], rel=1e-3)  # float32, another program
+
+
+@pytest.mark.parametrize("name", ["logistic_probe", "nearest_neighbours"])
+def test_a_wish_to_stop_ends_a_solver_wherever_it_is_and_the_stored_features_stay(
+    experiment, source, tmp_path, monkeypatch, name
+):
+    monkeypatch.setenv("JXFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(logistic, "STRETCH_FLOPS", 1.0)
+    asked: list[None] = []
+
+    def count():
+        asked.append(None)
+        return False
+
+    job = Job(experiment, methods.METHODS[name], 3, 0)
+    expected = run.run(job, tmp_path / "whole", runs.QUIET, source=source)
+    assert expected["features"]["computed"] > 0
+    run.run(job, tmp_path / "again", dataclasses.replace(runs.QUIET, should_stop=count), source=source)
+    for most in (0, len(asked) // 2, len(asked) - 1):
+        left = iter(range(most))
+        session = dataclasses.replace(runs.QUIET, should_stop=lambda left=left: next(left, None) is None)
+        with pytest.raises(InterruptedRun, match=r"stopped while (solving|evaluating) "):
+            run.run(job, tmp_path / "stopped", session, source=source)
+    row = run.run(job, tmp_path / "stopped", runs.QUIET, source=source)
+    assert row["features"]["computed"] == 0
+    assert runs.timeless(row) == runs.timeless(expected)
 
 
 @pytest.mark.parametrize(

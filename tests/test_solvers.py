@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from jxfer.config import to_dict
+from jxfer.solvers import logistic
 from jxfer.solvers.basis import BLOCK, principal, principal_with_targets
 from jxfer.solvers.logistic import LogisticPath
 from jxfer.solvers.maps import PCA, SVD, Centre, Standardise, Whiten
@@ -115,6 +116,28 @@ def test_what_lies_between_solved_strengths_costs_few_iterations():
     path, alone = (LogisticPath(some).fit(features, labels, 4) for some in (strengths, strengths[:1]))
     assert all(path.converged)
     assert path.flops < 24 * alone.flops
+
+
+def test_a_search_in_stretches_of_few_iterations_is_the_search_bit_for_bit(monkeypatch):
+    features, labels, _ = make_features()
+    whole = LogisticPath(STRENGTHS).fit(features, labels, 3)
+    monkeypatch.setattr(logistic, "STRETCH_FLOPS", 3 * LogisticPath(STRENGTHS).cost(120, 6, 3)[0])
+    asked: list[None] = []
+    stretched = LogisticPath(STRENGTHS).fit(features, labels, 3, proceed=lambda: asked.append(None))
+    assert len(asked) == -(-LogisticPath.max_iterations // 3), "so often, however soon it was solved"
+    np.testing.assert_array_equal(stretched.kernels, whole.kernels)
+    assert (stretched.gradient_norms, stretched.flops) == (whole.gradient_norms, whole.flops)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
+def test_a_solver_asks_whether_to_go_on_equally_often_whatever_it_finds(solver):
+    counts = []
+    for seed in range(2):
+        features, labels, test = make_features(seed=seed)
+        asked: list[None] = []
+        solver.fit(features, labels, 3, proceed=lambda asked=asked: asked.append(None)).logits(test, 0)
+        counts.append(len(asked))
+    assert counts[0] == counts[1] == (3 if isinstance(solver, SelectedLogistic) else 1)
 
 
 def test_what_has_not_converged_says_so():

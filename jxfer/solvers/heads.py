@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jxfer.solvers.basis import HIGHEST
-from jxfer.typing import Arrays
+from jxfer.typing import Arrays, Proceed, always
 
 
 @runtime_checkable
@@ -50,8 +50,11 @@ class Heads(Protocol):
 class Solver(Protocol):
     """A frozen dataclass that finds heads from features."""
 
-    def fit(self, features: Any, labels: Any, num_classes: int) -> Heads:
-        """Returns a head for every setting, from features [N D] float32 and labels [N] int32."""
+    def fit(self, features: Any, labels: Any, num_classes: int, *, proceed: Proceed = always) -> Heads:
+        """Returns a head for every setting, from features [N D] float32 and labels [N] int32.
+
+        What takes seconds calls `proceed` in between, as do the heads where asking them takes as long.
+        """
         ...
 
     def cost(self, num_examples: int, num_features: int, num_classes: int) -> tuple[float, int]:

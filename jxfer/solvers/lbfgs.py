@@ -90,15 +90,14 @@ def prepare(features: Float[Array, "N D"], labels: Int[Array, " N"], *, num_clas
     )
 
 
-@functools.partial(jax.jit, static_argnames="max_iterations")
+@jax.jit
 def solve(
     data: Data,
     strengths: Float[Array, " P"],
     tolerance: Float[Array, ""],
     start: Float[Array, "P K Q"],
-    *,
-    max_iterations: int,
-) -> Solution:
+    most: Int[Array, ""],
+) -> tuple[Solution, Search]:
     """Solves problems together, each until the norm of its scaled gradient is at most `tolerance`.
 
     Half the square of that norm is about what the loss still lies above its minimum where the classes overlap, and less
@@ -110,20 +109,35 @@ def solve(
       strengths: λ of each problem.
       tolerance: of the norms.
       start: in the unit of `Solution.weights`, such as those of problems nearby, or zeros.
-      max_iterations: after which the search ends as it is.
+      most: iterations, after which the search ends as it is.
+
+    Returns:
+      the solution, and the search, with which `resume` goes on.
     """
     problem = pose(data, strengths)
+    return _search(problem, begin(problem, start), tolerance, most)
+
+
+@functools.partial(jax.jit, donate_argnames="search")
+def resume(
+    data: Data, strengths: Float[Array, " P"], tolerance: Float[Array, ""], search: Search, most: Int[Array, ""]
+) -> tuple[Solution, Search]:
+    """Goes on with a search, which is donated, up to `most` iterations since its start."""
+    return _search(pose(data, strengths), search, tolerance, most)
+
+
+def _search(problem: Problem, search: Search, tolerance: Float[Array, ""], most: Any) -> tuple[Solution, Search]:
     search = jax.lax.while_loop(
-        lambda search: (search.iteration < max_iterations) & jnp.any(_norms(search.gradients) > tolerance),
+        lambda search: (search.iteration < most) & jnp.any(_norms(search.gradients) > tolerance),
         lambda search: advance(problem, search, tolerance),
-        begin(problem, start),
+        search,
     )
     gradients = jax.lax.cond(
         search.iteration > LONG,
         lambda: _evaluate(problem, search.weights, _logits(problem, search.weights))[1],
         lambda: search.gradients,
     )
-    return Solution(search.weights * problem.scales, _norms(gradients), search.iteration)
+    return Solution(search.weights * problem.scales, _norms(gradients), search.iteration), search
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -13,13 +14,17 @@ from scipy.interpolate import PchipInterpolator
 from jxfer.solvers import lbfgs
 from jxfer.solvers.basis import uncounted_flops
 from jxfer.solvers.heads import LinearHeads, as_arrays, flops_of, shape
-from jxfer.typing import InputError
+from jxfer.typing import InputError, Proceed, always
 
 STRENGTHS = tuple(float(f"{value:.3g}") for value in np.logspace(-6, 4, 41))
 """Four per decade; validation chooses, whatever the scale of the features is."""
 
 LOGITS = 5
 """Arrays of the logits' size that one iteration holds at a time."""
+
+STRETCH_FLOPS = 1e11
+"""Floating-point operations of the iterations that a program makes before it returns: some two seconds of a few cores,
+and more of them than most parts of a path need."""
 
 SLACK = 2.0
 """By how much the gradient on fresh logits may exceed the tolerance that the one of the iterations met."""
@@ -39,13 +44,14 @@ class LogisticPath:
     memory_bytes: int = 2**30
     """That one program may take."""
 
-    def fit(self, features: Any, labels: Any, num_classes: int) -> LinearHeads:
+    def fit(self, features: Any, labels: Any, num_classes: int, *, proceed: Proceed = always) -> LinearHeads:
         """Returns a head per strength; those that did not converge say so.
 
         Args:
           features: [N D].
           labels: [N], in [0, num_classes).
           num_classes: K.
+          proceed: called before every part of the path and, where iterations take long, in between.
 
         Raises:
           InputError: a strength is not positive.
@@ -56,7 +62,7 @@ class LogisticPath:
         mapped = features if linear is None else linear(features)
         basis, data = lbfgs.prepare(mapped, labels, num_classes=num_classes)
         path, places = np.unique(np.asarray(self.strengths, np.float32), return_inverse=True)
-        weights, norms, flops = self._solve(data, path)
+        weights, norms, flops = self._solve(data, path, proceed)
         kernels, biases = lbfgs.heads(basis, data, path[places], weights[places])
         kernels, biases = (kernels, biases) if linear is None else linear.fold(kernels, biases)
         return LinearHeads(
@@ -86,7 +92,7 @@ class LogisticPath:
         num_parts = -(-len(self.strengths) // min(most, math.ceil(decades) + 2))
         return -(-len(self.strengths) // num_parts)
 
-    def _solve(self, data: lbfgs.Data, path: np.ndarray) -> tuple[Any, np.ndarray, float]:
+    def _solve(self, data: lbfgs.Data, path: np.ndarray, proceed: Proceed) -> tuple[Any, np.ndarray, float]:
         """Solves some strengths spread over the rising path, and from what lies between them the others.
 
         Returns:
@@ -96,16 +102,27 @@ class LogisticPath:
         together = min(len(path), self.num_together(num_examples, axes, num_classes))
         weights = np.zeros((len(path), num_classes, axes + 1), np.float32)
         norms, solved, num_evaluations = np.zeros(len(path)), np.zeros(len(path), bool), 0
+        iteration_flops = _iteration_flops(num_examples, axes, num_classes, together)
+        stretch = max(1, int(STRETCH_FLOPS / iteration_flops))
         for part in _parts(len(path), together):
             start = _interpolate(np.log(path[solved]), weights[solved], np.log(path[part]))
-            solution = self._solve_part(data, path[part], start)
+            solution = self._solve_part(data, path[part], start, stretch, proceed)
             weights[part], norms[part], solved[part] = solution.weights, solution.gradient_norms, True
             num_evaluations += int(solution.iterations) + 1
-        return weights, norms, num_evaluations * _iteration_flops(num_examples, axes, num_classes, together)
+        return weights, norms, num_evaluations * iteration_flops
 
-    def _solve_part(self, data: lbfgs.Data, strengths: np.ndarray, start: Any) -> lbfgs.Solution:
-        tolerance = np.float32(self.tolerance)
-        return lbfgs.solve(data, strengths, tolerance, start, max_iterations=self.max_iterations)
+    def _solve_part(
+        self, data: lbfgs.Data, strengths: np.ndarray, start: Any, stretch: int, proceed: Proceed
+    ) -> lbfgs.Solution:
+        problem = data, strengths, np.float32(self.tolerance)
+        ends = [*range(stretch, self.max_iterations, stretch), self.max_iterations]
+        proceed()
+        solution, search = lbfgs.solve(*problem, start, np.int32(ends[0]))
+        for before, end in itertools.pairwise(ends):
+            proceed()  # however early all is solved
+            if int(solution.iterations) == before:
+                solution, search = lbfgs.resume(*problem, search, np.int32(end))
+        return solution
 
 
 def check_strengths(strengths: tuple[float, ...]) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jxfer.solvers.basis import HIGHEST, one_hot
 from jxfer.solvers.heads import LinearHeads, as_arrays, closed_form, flops_of, shape
-from jxfer.typing import InputError
+from jxfer.typing import InputError, Proceed, always
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class NearestMean:
     map: Any = None
     """From `jxfer.solvers.maps`: distances are those of the mapped features; folded into the head afterwards."""
 
-    def fit(self, features: Any, labels: Any, num_classes: int) -> LinearHeads:
-        """Returns the one head, from features [N D] and labels [N].
+    def fit(self, features: Any, labels: Any, num_classes: int, *, proceed: Proceed = always) -> LinearHeads:
+        """Returns the one head, from features [N D] and labels [N]; `proceed` is called before the means are taken.
 
         Raises:
           InputError: a class has no example.
@@ -34,6 +34,7 @@ class NearestMean:
             raise InputError(f"class {int(np.argmin(counts))} has no training example whose mean could be taken")
         linear = None if self.map is None else self.map.fit(features)
         mapped = features if linear is None else linear(features)
+        proceed()
         means = class_means(mapped, labels, num_classes=num_classes)
         kernels, biases = means.T[None], -jnp.sum(jnp.square(means), axis=1)[None] / 2
         kernels, biases = (kernels, biases) if linear is None else linear.fold(kernels, biases)

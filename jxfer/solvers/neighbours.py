@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jxfer.solvers.basis import HIGHEST
 from jxfer.solvers.heads import as_arrays, flops_of, shape
-from jxfer.typing import Arrays, InputError
+from jxfer.typing import Arrays, InputError, Proceed, always
 
 ROWS = 256
 """Examples compared with the bank at a time."""
@@ -27,8 +27,10 @@ class NearestNeighbours:
     """s of the weight exp(-s d² / 2) of a vote at distance d; 0 counts all alike. Under `cosine`, features have unit
     length, so that it is exp(s · cosine), as with a temperature of 1 / s (Wu et al. 2018, arXiv:1805.01978, eq. 7)."""
 
-    def fit(self, features: Any, labels: Any, num_classes: int) -> "NeighbourHeads":
+    def fit(self, features: Any, labels: Any, num_classes: int, *, proceed: Proceed = always) -> "NeighbourHeads":
         """Returns a head per k, all on one bank, from features [N D] and labels [N].
+
+        They call `proceed` with every block of examples they are asked for: the comparing is what takes long here.
 
         Raises:
           InputError: there are fewer examples than the smallest k.
@@ -40,7 +42,7 @@ class NearestNeighbours:
         normalise = self.metric == "cosine"
         bank = unit(features) if normalise else features
         most = min(max(self.counts), len(features))
-        return NeighbourHeads(counts, most, bank, labels, num_classes, float(normalise), self.sharpness)
+        return NeighbourHeads(counts, most, bank, labels, num_classes, float(normalise), self.sharpness, proceed)
 
     def cost(self, num_examples: int, num_features: int, num_classes: int) -> tuple[float, int]:
         """Returns what comparing one example with the bank takes, since there is nothing to solve, and its bytes."""
@@ -63,6 +65,7 @@ class NeighbourHeads:
     num_classes: int
     normalise: float
     sharpness: float
+    proceed: Proceed = always
     flops: float = 0.0
     """Keeping examples takes none; asking them does."""
 
@@ -85,10 +88,12 @@ class NeighbourHeads:
         """Returns what the head of one k says."""
         arrays = self.arrays(index)
         settings = arrays["ranks"], arrays["normalise"], arrays["sharpness"]
-        blocks = [
-            _vote(features[start : start + ROWS], self.bank, self.labels, *settings, num_classes=self.num_classes)
-            for start in range(0, len(features), ROWS)
-        ]
+        blocks: list[jax.Array] = []
+        for start in range(0, len(features), ROWS):
+            jax.block_until_ready(blocks[-2:-1])  # else the host would ask for all of them before the first is there
+            self.proceed()
+            part = features[start : start + ROWS]
+            blocks.append(_vote(part, self.bank, self.labels, *settings, num_classes=self.num_classes))
         return jnp.concatenate(blocks)
 
     def arrays(self, index: int) -> Arrays:

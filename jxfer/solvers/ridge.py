@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from jxfer.solvers.basis import one_hot, principal_with_targets, uncounted_flops
 from jxfer.solvers.heads import LinearHeads, as_arrays, closed_form, flops_of, shape
 from jxfer.solvers.logistic import STRENGTHS, check_strengths
+from jxfer.typing import Proceed, always
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,8 @@ class RidgePath:
     map: Any = None
     """From `jxfer.solvers.maps`, folded into the head afterwards; λ is then of the head on the mapped features."""
 
-    def fit(self, features: Any, labels: Any, num_classes: int) -> LinearHeads:
-        """Returns a head per strength, from features [N D] and labels [N].
+    def fit(self, features: Any, labels: Any, num_classes: int, *, proceed: Proceed = always) -> LinearHeads:
+        """Returns a head per strength, from features [N D] and labels [N]; `proceed` is called before the one program.
 
         Raises:
           InputError: a strength is not positive.
@@ -36,6 +37,7 @@ class RidgePath:
         linear = None if self.map is None else self.map.fit(features)
         mapped = features if linear is None else linear(features)
         strengths = jnp.asarray(self.strengths, jnp.float32)
+        proceed()
         kernels, biases = solve(mapped, labels, strengths, num_classes=num_classes)
         kernels, biases = (kernels, biases) if linear is None else linear.fold(kernels, biases)
         flops, _ = self.cost(len(labels), mapped.shape[1], num_classes)

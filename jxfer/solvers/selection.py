@@ -10,6 +10,7 @@ from jxfer.solvers.heads import LinearHeads, as_arrays
 from jxfer.solvers.logistic import LogisticPath
 from jxfer.solvers.maps import Standardise
 from jxfer.solvers.ridge import RidgePath
+from jxfer.typing import Proceed, always
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +28,17 @@ class SelectedLogistic:
     score_strength: float = 0.1
     """λ of the ridge regression that scores."""
 
-    def fit(self, features: Any, labels: Any, num_classes: int) -> LinearHeads:
+    def fit(self, features: Any, labels: Any, num_classes: int, *, proceed: Proceed = always) -> LinearHeads:
         """Returns a head for every share and strength, with zeros for features that are not kept; [N D] and [N]."""
         features, labels = as_arrays(features, labels)
         scale = Standardise().fit(features)
         standard = scale(features)
-        scores = RidgePath((self.score_strength,)).fit(standard, labels, num_classes)
+        scores = RidgePath((self.score_strength,)).fit(standard, labels, num_classes, proceed=proceed)
         order = np.argsort(-np.linalg.norm(np.asarray(scores.kernels[0]), axis=1), kind="stable")
         parts = []
         for fraction in self.fractions:
             kept = np.sort(order[: self.num_kept(fraction, len(order))])
-            heads = LogisticPath(self.strengths).fit(standard[:, kept], labels, num_classes)
+            heads = LogisticPath(self.strengths).fit(standard[:, kept], labels, num_classes, proceed=proceed)
             kernels = jnp.zeros((len(heads.names), len(order), num_classes)).at[:, kept].set(heads.kernels)
             parts.append(dataclasses.replace(heads, kernels=kernels))
         kernels, biases = (jnp.concatenate([getattr(part, name) for part in parts]) for name in ("kernels", "biases"))
