@@ -1,6 +1,7 @@
 """From a method and a model to checked phases, costed by compiling their steps before anything trains."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ from jxfer.data import Prepare
 from jxfer.known import resolve
 from jxfer.models.stages import pack
 from jxfer.objectives import classification
-from jxfer.partition import arrays_of
+from jxfer.partition import Partition, arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
 from jxfer.saving import with_saving
 from jxfer.source import check_source
@@ -305,9 +306,26 @@ def abstract_batch(experiment: Experiment, planned: PlannedPhase, model: nnx.Mod
     }
     if not planned.stored:
         return {task.input: inputs, **labels}
-    prepared = _prepared(experiment, task)
-    run = nnx.eval_shape(lambda module, x: models.run_stages(module, x, stop=planned.boundary), model, prepared)
-    return {**pack(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run)), **labels}
+    arrays = tuple((path, jax.ShapeDtypeStruct(x.shape, x.dtype)) for path, x in arrays_of(model).items())
+    features = _features(nnx.graphdef(model), planned.partition, arrays, _prepared(experiment, task), planned.boundary)
+    return {**features, **labels}
+
+
+@functools.lru_cache(maxsize=128)  # a run asks for them several times, and the runs of an ablation for the same ones
+def _features(
+    graphdef: nnx.GraphDef,
+    partition: Partition,
+    arrays: tuple[tuple[str, jax.ShapeDtypeStruct], ...],
+    prepared: jax.ShapeDtypeStruct,
+    boundary: str | None,
+) -> Batch:
+    """Returns the shapes of what is stored of a batch before the boundary."""
+
+    def run(arrays: Arrays, x: jax.Array) -> Batch:
+        return pack(models.run_stages(partition.assemble(graphdef, arrays), x, stop=boundary))
+
+    shapes = jax.eval_shape(run, dict(arrays), prepared)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
 
 
 def _prepared(experiment: Experiment, task: Task) -> jax.ShapeDtypeStruct:

@@ -254,6 +254,27 @@ def test_planning_a_resnet50_makes_no_weight_and_a_probe_pays_for_its_head_alone
     assert planned.boundary == "head"
 
 
+def test_shapes_of_stored_features_are_traced_once_for_equal_phases(monkeypatch):
+    traced, run_stages = [], models.run_stages
+
+    def spy(*args, **options):
+        traced.append(options)
+        return run_stages(*args, **options)
+
+    monkeypatch.setattr(models, "run_stages", spy)
+    plan._features.cache_clear()
+    shapes = {}
+    for size in (4, 4, 6):
+        experiment = dataclasses.replace(EXPERIMENT, train=TrainConfig(num_steps=10, batch_size=size))
+        (planned,) = resolve(linear_probe, experiment=experiment)
+        shapes[size] = plan.abstract_batch(experiment, planned, abstract(linear_probe), TASK)["features"].shape
+    assert traced == [{"stop": "head"}] * 2
+    model = abstract(linear_probe)
+    for size, shape in shapes.items():
+        image = jax.ShapeDtypeStruct((size, *TASK.input_shape), np.float32)
+        assert shape == nnx.eval_shape(lambda model, x: model.features(x), model, image).shape
+
+
 def test_a_step_on_stored_features_costs_a_small_share_of_the_online_one(monkeypatch):
     # The published size: in a tiny one the head is no small part.
     monkeypatch.setenv("JXFER_FEATURES_GB", "0.001")
