@@ -104,6 +104,10 @@ def source_metrics(
         return None
     own = {path: value for path, value in arrays_of(chosen.model).items() if not path.startswith("head/")}
     head = {path: value for path, value in source.arrays.items() if path.startswith("head/")}
+    # A hash of them all, because every backbone that was trained stays here.
+    digest = hashlib.sha256(repr(sorted(fingerprint({**own, **head}).items())).encode()).hexdigest()
+    if digest in _MEASURED:
+        return _MEASURED[digest]
     model = source_model(experiment.model, task, {**own, **head})
     if model is None:
         return None
@@ -111,11 +115,8 @@ def source_metrics(
         split = _test_split(source.data)
     except InputError:  # its data are gone, which need not stop a transfer from it
         return None
-    # A hash of them all, because every backbone that was trained stays here.
-    digest = hashlib.sha256(repr(sorted(fingerprint({**own, **head}).items())).encode()).hexdigest()
-    if digest not in _MEASURED:
-        settings = dataclasses.replace(experiment, target=source.data)
-        _MEASURED[digest] = evaluate_model(settings, len(source.classes), model, split, proceed=proceed)[0]
+    settings = dataclasses.replace(experiment, target=source.data)
+    _MEASURED[digest] = evaluate_model(settings, len(source.classes), model, split, proceed=proceed)[0]
     return _MEASURED[digest]
 
 
