@@ -139,7 +139,7 @@ def _compare_runs(num_variants: int, num_steps: int, rounds: int) -> dict[str, R
     rates = tuple((10 ** np.random.default_rng(0).uniform(-4, -1, num_variants)).tolist())
     session = Session(progress=lambda *_: None, should_stop=lambda: False)
     train = TrainConfig(num_steps=num_steps)
-    source = SourceConfig(data=DataConfig("tfds:jxfer_glyphs"), train=TrainConfig(num_steps=1))
+    source = SourceConfig(data=DataConfig("tfds:jxfer_digits"), train=TrainConfig(num_steps=1))
     with tempfile.TemporaryDirectory() as folder:
         experiment = resolve(Experiment("heads", source=source, target=DataConfig("tfds:jxfer_digits"), train=train))
         weights = source_model(experiment, Path(folder), session)

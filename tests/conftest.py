@@ -23,6 +23,27 @@ install_import_hook("jxfer", "beartype.beartype")
 
 from jxfer import programs  # noqa: E402 (after the hook, which would not see it)
 
+LONGEST_FILES = (
+    "test_distributed",
+    "test_experiments",
+    "test_run",
+    "test_workers",
+    "test_benchmarks",
+    "test_non_finite",
+    "test_step",
+    "test_resume",
+    "test_survival",
+    "test_features",
+    "test_population",
+)
+"""What takes the longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the files that take the longest: whoever came to them last would work on alone."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
