@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jxfer.models.stages import run_stages, unpack
 from jxfer.objectives import Objective
@@ -23,6 +24,9 @@ from jxfer.typing import INPUTS, Arrays, Batch, InputError, Metrics, PyTree
 
 Apply = Callable[[Any, Batch], jax.Array]
 """Runs a module on a batch: `(model, batch) -> outputs`."""
+
+Gather = Callable[[Arrays], Arrays]
+"""Puts together what is split of the parameters, for a forward pass."""
 
 Prepare = Callable[[jax.Array, Batch], Batch]
 """Augments and normalises a batch: `(key, batch) -> batch`."""
@@ -99,7 +103,7 @@ def make_train_step(
     gradients = functools.partial(_gradients, objective, apply, prepare, penalties, num_microbatches)
 
     def train_step(state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, variables, metrics = gradients(state, fixed, batch)
+        grads, variables, metrics = gradients(state, fixed, batch, gather=_gather(state, fixed.definition))
         moved = _update(state, fixed, grads, variables, ema_decay)
         if skip_non_finite:
             moved, metrics = _skip_non_finite(state, moved, metrics)
@@ -177,13 +181,14 @@ def _gradients(
     state: TrainState,
     fixed: Fixed,
     batch: Batch,
+    gather: Gather = dict,
 ) -> tuple[Arrays, Arrays, Metrics]:
     """Returns the gradients of a batch, the variables after its forward pass, and its metrics with `grad_norm`."""
     objective, penalties = _with_numbers(objective, penalties, fixed.numbers)
     key = jax.random.fold_in(state.key, state.step)
     batch = _with_mask(batch)
     batch = prepare(key, batch) if prepare else batch
-    grads, variables, metrics = _accumulate(objective, apply, state, fixed, batch, num_microbatches)
+    grads, variables, metrics = _accumulate(objective, apply, state, fixed, batch, num_microbatches, gather)
     if penalties:
         pull = jax.grad(lambda params: sum(penalty(params, fixed.reference) for penalty in penalties))
         grads = jax.tree.map(jnp.add, grads, pull(state.params))
@@ -258,13 +263,19 @@ def _with_mask(batch: Batch) -> Batch:
 
 
 def _accumulate(
-    objective: Objective, apply: Apply, state: TrainState, fixed: Fixed, batch: Batch, num_microbatches: int
+    objective: Objective,
+    apply: Apply,
+    state: TrainState,
+    fixed: Fixed,
+    batch: Batch,
+    num_microbatches: int,
+    gather: Gather,
 ) -> tuple[Arrays, Arrays, Metrics]:
     """Returns gradients of the mean loss, the variables after the forward passes, and the metrics summed over parts."""
     total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
 
     def loss_fn(params: Arrays, variables: Arrays, part: Batch) -> tuple[jax.Array, tuple[Arrays, Metrics]]:
-        outputs, variables = forward(apply, fixed, params, variables, part)
+        outputs, variables = forward(apply, fixed, gather(params), variables, part)
         # A part's loss is its share of the whole batch's mean, so that the parts' gradients just add up.
         loss = jnp.sum(objective.losses(outputs, part) * part["mask"]) / total
         return loss, (variables, objective.metrics(outputs, part))
@@ -298,6 +309,29 @@ def _cut(value: jax.Array, num_parts: int) -> jax.Array:
     if value.shape[0] % num_parts:
         raise ValueError(f"a batch of {value.shape[0]} does not divide into {num_parts} microbatches")
     return jnp.moveaxis(value.reshape(value.shape[0] // num_parts, num_parts, *value.shape[1:]), 1, 0)
+
+
+def _gather(state: TrainState, definition: Definition) -> Gather:
+    """Returns what puts the parameters together that `fsdp` splits; what `model` splits stays so.
+
+    Left alone, XLA may split a transformer's activations in the backward pass as the parameters are, and then moves
+    the activations of the whole batch instead of the parameters.
+    """
+    if not definition.shardings:
+        return dict
+    placed = jax.tree.unflatten(jax.tree.structure(state), definition.shardings).params
+    split = {path: sharding for path, sharding in placed.items() if "fsdp" in sharding.spec}
+
+    def gather(params: Arrays) -> Arrays:
+        whole = {path: _without_fsdp(sharding) for path, sharding in split.items()}
+        return {**params, **jax.lax.with_sharding_constraint({path: params[path] for path in whole}, whole)}
+
+    return gather
+
+
+def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
+    axes = [None if axis == "fsdp" else axis for axis in sharding.spec]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
 def _keep_placed(state: PyTree, definition: Definition) -> PyTree:

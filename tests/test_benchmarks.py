@@ -193,22 +193,29 @@ def test_solving_a_path_at_once_reaches_the_objective_of_scikit_learn(script, ca
     assert "| logistic | 400 × 16, 3" in capsys.readouterr().out
 
 
-def test_devices_exchange_gradients_of_what_trains_and_leaves_that_are_sharded(script, capsys):
+@pytest.fixture
+def sharding_rows(script, capsys):
+    """The rows of the benchmark of several devices by model, way, layout and number of devices."""
     rows = script("sharding").main(["--quick"])
-    assert {(row.way, row.layout) for row in rows if row.devices == 8} == {
-        (way, layout) for way in ("full fine-tuning", "last stage + head", "head") for layout in ("data", "fsdp")
-    }
-    one = {row.way: row for row in rows if row.devices == 1}
-    for row in rows:
-        reduced, gathered = (row.collectives.get(kind, 0) for kind in ("all-reduce", "all-gather"))
-        if row.devices == 1:
-            assert row.collectives == {}
-            continue
-        assert row.predicted["all-reduce"] <= reduced <= 1.01 * row.predicted["all-reduce"] + 2048
-        sharded = row.predicted["all-gather"] if row.layout == "fsdp" else 0
-        assert sharded <= gathered <= 2.02 * sharded
-        assert row.flops == pytest.approx(one[row.way].flops / 8, rel=0.1)
     assert "On paper, not measured" in capsys.readouterr().out
+    return {(row.model, row.way, row.layout, row.devices): row for row in rows}
+
+
+def test_devices_exchange_what_the_partition_predicts_and_share_the_operations(sharding_rows):
+    ways = ("full fine-tuning", "last stage + head", "head")
+    layouts = {"convnet": ("data", "fsdp"), "vit_ti_16": ("tensor", "tensor+fsdp", "fsdp")}
+    expected = {(model, way, layout) for model in layouts for way in ways for layout in layouts[model]}
+    assert {(model, way, layout) for model, way, layout, devices in sharding_rows if devices == 8} == expected
+    for row in sharding_rows.values():
+        reduced, gathered = (row.collectives.get(kind, 0) for kind in ("all-reduce", "all-gather"))
+        predicted, sharded = (row.predicted.get(kind, 0) for kind in ("all-reduce", "all-gather"))
+        if row.devices == 1:
+            assert (row.collectives, row.predicted) == ({}, {})
+            continue
+        assert predicted <= reduced <= 1.01 * (predicted + row.apart) + 2048, row
+        assert sharded <= gathered <= 1.02 * sharded, row
+        whole = 0.4 if "tensor" in row.layout else 0.1  # norms and residuals, of which so small a network has many
+        assert row.predicted_flops < row.flops < (1 + whole) * row.predicted_flops, row
 
 
 def test_bytes_of_collectives_are_read_off_the_program(script):

@@ -163,6 +163,21 @@ def test_with_fsdp_only_the_fsdp_axis_is_gathered():
     assert not whole.intersection(gathered)
 
 
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_a_step_under_fsdp_gathers_each_parameter_once_and_no_activation(kind):
+    config = MeshConfig(fsdp=4)
+    mesh, model = sharding.make_mesh(config), build(kind)
+    partition = Partition.of(model, ALL)
+    started = init_state(model, partition, optim.optimizer(TRAIN, partition, num_steps=3))
+    state, fixed = place_state(*started, mesh, config)
+    step = make_train_step(classification()).lower(state, fixed, sharding.put_batch(batch_of(kind, 0), mesh)).compile()
+    program = step.as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", program)
+    split = [value for value in state.params.values() if not value.sharding.is_fully_replicated]
+    assert sorted(gathered) == sorted(",".join(map(str, value.shape)) for value in split)
+    assert not re.findall(r"all-to-all|collective-permute", program)
+
+
 def forward_program(kind: str, config: MeshConfig) -> str:
     """Returns the compiled program that maps a batch to logits, over the mesh."""
     model, mesh = build(kind), sharding.make_mesh(config)
