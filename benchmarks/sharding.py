@@ -105,7 +105,7 @@ class Row:
 def main(arguments: list[str] | None = None) -> list[Row]:
     """Compiles, prints the tables, and returns the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[each.config.name for each in FULL], help="this network alone")
+    parser.add_argument("--model", choices=[each.config.name for each in FULL + QUICK], help="this network alone")
     parser.add_argument("--quick", action="store_true", help="small networks on 1 and 8 devices, to see that it runs")
     options = parser.parse_args(arguments)
     print(machine())

@@ -193,20 +193,21 @@ def test_solving_a_path_at_once_reaches_the_objective_of_scikit_learn(script, ca
     assert "| logistic | 400 × 16, 3" in capsys.readouterr().out
 
 
-@pytest.fixture
-def sharding_rows(script, capsys):
-    """The rows of the benchmark of several devices by model, way, layout and number of devices."""
-    rows = script("sharding").main(["--quick"])
+@pytest.mark.parametrize(
+    ("model", "layouts"),
+    [
+        ("convnet", {"data", "fsdp"}),
+        pytest.param("vit_ti_16", {"tensor", "tensor+fsdp", "fsdp"}, marks=pytest.mark.slow),
+    ],
+)
+def test_devices_exchange_what_the_partition_predicts_and_share_the_operations(script, capsys, model, layouts):
+    rows = script("sharding").main(["--quick", "--model", model])
     assert "On paper, not measured" in capsys.readouterr().out
-    return {(row.model, row.way, row.layout, row.devices): row for row in rows}
-
-
-def test_devices_exchange_what_the_partition_predicts_and_share_the_operations(sharding_rows):
     ways = ("full fine-tuning", "last stage + head", "head")
-    layouts = {"convnet": ("data", "fsdp"), "vit_ti_16": ("tensor", "tensor+fsdp", "fsdp")}
-    expected = {(model, way, layout) for model in layouts for way in ways for layout in layouts[model]}
-    assert {(model, way, layout) for model, way, layout, devices in sharding_rows if devices == 8} == expected
-    for row in sharding_rows.values():
+    assert {(row.way, row.layout) for row in rows if row.devices == 8} == {
+        (way, each) for way in ways for each in layouts
+    }
+    for row in rows:
         reduced, gathered = (row.collectives.get(kind, 0) for kind in ("all-reduce", "all-gather"))
         predicted, sharded = (row.predicted.get(kind, 0) for kind in ("all-reduce", "all-gather"))
         if row.devices == 1:
