@@ -147,6 +147,27 @@ def test_what_has_not_converged_says_so():
     assert heads.gradient_norms[0] > 1e-3
 
 
+def test_features_of_very_different_scales_are_no_place_to_be_stuck():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 3, 1000).astype(np.int32)
+    centres = rng.normal(size=(3, 30))
+    noise = 2 * rng.normal(size=(1000, 30))
+    features = ((1.5 * centres[labels] + noise) * np.logspace(-3, 3, 30)).astype(np.float32)
+    arrays = LogisticPath((1e-6,)).fit(features, labels, 3).arrays(0)
+    assert objective(arrays["kernel"], arrays["bias"], features, labels, 1e-6) < 0.02, "at zero it is log 3"
+
+
+def test_a_search_that_steps_too_far_comes_back_to_where_it_is_lower():
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 40, 3000).astype(np.int32)
+    centres = rng.normal(size=(40, 64))
+    features = (2 * centres[labels] + 2 * rng.normal(size=(3000, 64))).astype(np.float32)
+    solver = LogisticPath((1e-3,))
+    heads = solver.fit(features, labels, 40)
+    assert heads.converged == (True,)
+    assert heads.flops < 60 * solver.cost(3000, 64, 40)[0], "it takes 400 evaluations to creep down the gradient"
+
+
 def test_one_iteration_more_costs_what_an_iteration_costs():
     features, labels, _ = make_features()
     two, three = (LogisticPath((1e-6,), max_iterations=count).fit(features, labels, 3).flops for count in (2, 3))

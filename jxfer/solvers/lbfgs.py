@@ -11,7 +11,7 @@ it nearly the identity for every λ, however ill-conditioned the features are.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,7 @@ MEMORY = 8
 """Pairs of steps and gradient differences that L-BFGS remembers."""
 
 LONG = 50
-"""Iterations after which the rounding of as many updates of the logits is looked at: 50 × 6e-8 of their size."""
-
-ROUNDING = 1e-6
-"""Relative rise of a float32 loss that may be rounding."""
+"""Evaluations after which the rounding of as many updates of the logits is to be looked at: 50 × 6e-8 of their size."""
 
 
 class Data(NamedTuple):
@@ -41,29 +38,51 @@ class Data(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The problems that are solved together."""
+    """The problems that are solved together; of each, weights are one row of V = K Q numbers."""
 
     data: Data
-    penalties: Float[Array, "P 1 Q"]
-    """λ, and 0 for the intercept."""
-    scales: Float[Array, "P 1 Q"]
+    penalties: Float[Array, "P V"]
+    """λ, and 0 for the intercepts."""
+    scales: Float[Array, "P V"]
     """sqrt(e / 4 + λ): what L-BFGS moves in is the weights times this."""
 
 
-class Search(NamedTuple):
-    """Where the P problems are; `weights` and everything like it is [P K Q], scaled."""
+class Memory(NamedTuple):
+    """The last M pairs of steps s and gradient differences y of P problems, and what their products come to.
 
-    weights: Float[Array, "P K Q"]
+    The pair of evaluation i is in slot i modulo M. A pair that is not to be used has zeros in `inverse`.
+    """
+
+    rows: Float[Array, "P R V"]
+    """Every s, every y, and the gradient."""
+    inverse: Float[Array, "P M M"]
+    """Of the matrix of s · y of all pairs of an s and a y that is not older."""
+    squares: Float[Array, "P M M"]
+    """y · y."""
+    products: Float[Array, "P M"]
+    """s · y of each pair."""
+
+
+class Search(NamedTuple):
+    """Where the P problems are; `weights` and everything like it is scaled."""
+
+    weights: Float[Array, "P V"]
     logits: Float[Array, "P K N"]
-    losses: Float[Array, " P"]
-    gradients: Float[Array, "P K Q"]
-    steps: Float[Array, "M P K Q"]
-    differences: Float[Array, "M P K Q"]
-    curvatures: Float[Array, "M P"]
-    """1 / (step · difference), 0 where there is none; iteration i has its pair in slot i modulo M."""
-    cautious: Bool[Array, " P"]
-    """Whether the last step was refused, so that the next one must be one that cannot fail."""
-    iteration: Int[Array, ""]
+    probabilities: Float[Array, "P K N"]
+    offsets: Float[Array, "P V"]
+    """From where a problem that went too far came from to where it is; 0 of others."""
+    gradients: Float[Array, "P V"]
+    """Of a problem that went too far, where it came from."""
+    norms: Float[Array, " P"]
+    """Of the gradients; infinite where a problem went too far."""
+    directions: Float[Array, "P V"]
+    """Where to go next."""
+    falls: Float[Array, " P"]
+    """How much the loss would fall over the directions if it went on falling as it does at their beginning."""
+    straight: Bool[Array, " P"]
+    """Whether to go there as it is: at the start, and back from too far."""
+    memory: Memory
+    evaluations: Int[Array, ""]
 
 
 class Solution(NamedTuple):
@@ -73,7 +92,8 @@ class Solution(NamedTuple):
     """Times e / 4 + λ. Under a strong penalty the weights are the first gradient over λ, so that this product hardly
     changes with λ, and what lies between two strengths can be interpolated."""
     gradient_norms: Float[Array, " P"]
-    iterations: Int[Array, ""]
+    evaluations: Int[Array, ""]
+    """Of which the first is that of the start."""
 
 
 @functools.partial(jax.jit, static_argnames="num_classes")
@@ -101,15 +121,14 @@ def solve(
     """Solves problems together, each until the norm of its scaled gradient is at most `tolerance`.
 
     Half the square of that norm is about what the loss still lies above its minimum where the classes overlap, and less
-    than it where they hardly do, so that the Hessian is far below its bound. After a long search the norm is measured
-    on logits computed afresh, since those kept up to date by the iterations carry their rounding.
+    than it where they hardly do, so that the Hessian is far below its bound.
 
     Args:
       data: from `prepare`.
       strengths: λ of each problem.
       tolerance: of the norms.
       start: in the unit of `Solution.weights`, such as those of problems nearby, or zeros.
-      most: iterations, after which the search ends as it is.
+      most: iterations, after which the search ends as it is; 0 only measures the norms at the start.
 
     Returns:
       the solution, and the search, with which `resume` goes on.
@@ -126,18 +145,16 @@ def resume(
     return _search(pose(data, strengths), search, tolerance, most)
 
 
-def _search(problem: Problem, search: Search, tolerance: Float[Array, ""], most: Any) -> tuple[Solution, Search]:
+def _search(
+    problem: Problem, search: Search, tolerance: Float[Array, ""], most: Int[Array, ""]
+) -> tuple[Solution, Search]:
     search = jax.lax.while_loop(
-        lambda search: (search.iteration < most) & jnp.any(_norms(search.gradients) > tolerance),
+        lambda search: (search.evaluations <= most) & jnp.any(search.norms > tolerance),
         lambda search: advance(problem, search, tolerance),
         search,
     )
-    gradients = jax.lax.cond(
-        search.iteration > LONG,
-        lambda: _evaluate(problem, search.weights, _logits(problem, search.weights))[1],
-        lambda: search.gradients,
-    )
-    return Solution(search.weights * problem.scales, _norms(gradients), search.iteration), search
+    weights = (search.weights * problem.scales).reshape(-1, *problem.data.targets.shape)
+    return Solution(weights, search.norms, search.evaluations), search
 
 
 @jax.jit
@@ -145,140 +162,148 @@ def heads(
     basis: Basis, data: Data, strengths: Float[Array, " P"], weights: Float[Array, "P K Q"]
 ) -> tuple[Float[Array, "P D K"], Float[Array, "P K"]]:
     """Returns kernels and biases on the features as they were given, from `Solution.weights`."""
-    true = weights / jnp.square(pose(data, strengths).scales)
+    true = (weights.reshape(len(weights), -1) / jnp.square(pose(data, strengths).scales)).reshape(weights.shape)
     return basis.heads(true[..., :-1], true[..., -1])
 
 
 def pose(data: Data, strengths: Float[Array, " P"]) -> Problem:
     """Returns the problems of these strengths; the intercept is a feature without penalty."""
-    penalized = jnp.arange(len(data.curvature)) < len(data.curvature) - 1
-    penalties = penalized * strengths[:, None, None]
-    return Problem(data, penalties, jnp.sqrt(data.curvature + penalties))
+    num_classes, num_axes = data.targets.shape
+    penalized = jnp.tile(jnp.arange(num_axes) < num_axes - 1, num_classes)
+    penalties = penalized * strengths[:, None]
+    return Problem(data, penalties, jnp.sqrt(jnp.tile(data.curvature, num_classes) + penalties))
 
 
 def begin(problem: Problem, start: Float[Array, "P K Q"]) -> Search:
-    """Returns the search at the start, without memory."""
-    weights = start / problem.scales
-    logits = _logits(problem, weights)
-    losses, gradients = _evaluate(problem, weights, logits)
-    num_problems = len(losses)
+    """Returns the search at zero, from where the first step goes to the start.
+
+    So the loop holds the only copy of what evaluates a point, and there is one to compile.
+    """
+    num_problems, num_classes, _ = start.shape
+    directions = start.reshape(num_problems, -1) / problem.scales
+    zeros, none = jnp.zeros_like(directions), jnp.zeros((num_problems, MEMORY, MEMORY))
+    logits = jnp.zeros((num_problems, num_classes, problem.data.scores.shape[1]))
+    rows = jnp.zeros((num_problems, 2 * MEMORY + 1, zeros.shape[1]))
     return Search(
-        weights=weights,
+        weights=zeros,
         logits=logits,
-        losses=losses,
-        gradients=gradients,
-        steps=jnp.zeros((MEMORY, *weights.shape)),
-        differences=jnp.zeros((MEMORY, *weights.shape)),
-        curvatures=jnp.zeros((MEMORY, num_problems)),
-        cautious=jnp.zeros(num_problems, bool),
-        iteration=jnp.zeros((), jnp.int32),
+        probabilities=logits,
+        offsets=zeros,
+        gradients=zeros,
+        norms=jnp.full(num_problems, jnp.inf),
+        directions=directions,
+        falls=jnp.zeros(num_problems),
+        straight=jnp.ones(num_problems, bool),
+        memory=Memory(rows, none, none, none[:, 0]),
+        evaluations=jnp.zeros((), jnp.int32),
     )
 
 
 def advance(problem: Problem, search: Search, tolerance: Float[Array, ""]) -> Search:
     """Makes one iteration of every problem that is not solved yet.
 
-    A step that raises the loss is refused. The next one then goes half a unit down the scaled gradient, where the bound
-    on the Hessian promises that it falls.
+    A problem went too far if its loss rises at the end of its step by more than it fell at the beginning; slopes tell
+    near the minimum too, where the rounding of losses hides what is gained. It then goes back to where the slope would
+    be zero if it changed evenly between, as often as it takes.
     """
-    cautious = search.cautious[:, None, None]
-    directions = jnp.where(cautious, -search.gradients, _quasi_newton(search))
-    slopes = _logits(problem, directions)
-    lengths = jnp.where(search.cautious, 0.5, _lengths(problem, search, directions, slopes))
-    lengths = jnp.where(_norms(search.gradients) > tolerance, lengths, 0.0)
-    steps = lengths[:, None, None] * directions
-    losses, gradients = _evaluate(problem, search.weights + steps, search.logits + lengths[:, None, None] * slopes)
-    refused = ~(losses <= search.losses + ROUNDING * jnp.abs(search.losses))
-    taken = jnp.where(refused, 0.0, lengths)[:, None, None]
-    gradients = jnp.where(refused[:, None, None], search.gradients, gradients)
-    return _remember(search, taken * directions, gradients - search.gradients, refused)._replace(
-        weights=search.weights + taken * directions,
-        logits=search.logits + taken * slopes,
-        losses=jnp.where(refused, search.losses, losses),
-        gradients=gradients,
-        cautious=refused,
-        iteration=search.iteration + 1,
+    first = search.evaluations == 0
+    slopes = _logits(problem, search.directions)
+    lengths = jnp.where(search.straight, 1.0, _lengths(problem, search, slopes))
+    lengths = jnp.where(search.norms > tolerance, lengths, 0.0)
+    moves = lengths[:, None] * search.directions
+    weights, logits = search.weights + moves, search.logits + lengths[:, None, None] * slopes
+    probabilities = _softmax(logits)
+    gradients = _gradients(problem, weights, probabilities)
+    steps, differences = search.offsets + moves, gradients - search.gradients
+    slot, rows = search.evaluations % MEMORY, search.memory.rows
+    for place, row in ((slot, steps), (MEMORY + slot, differences), (2 * MEMORY, gradients)):
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, row[:, None], place, axis=1)
+    along = jnp.matmul(rows, jnp.stack([differences, gradients], axis=-1), precision=HIGHEST)
+    falls = lengths * search.falls
+    rises = jax.lax.dynamic_index_in_dim(along[..., 1], slot, axis=1, keepdims=False)
+    far = ~(first | (rises <= falls))
+    memory, factors = _quasi_newton(search.memory._replace(rows=rows), along, slot, leave=far | first)
+    back, share = far[:, None], jnp.clip(falls / (falls + rises), 0.1, 0.5)
+    # Rounding may have left a memory that does not lead down.
+    descends = jnp.sum(factors * along[..., 1], axis=1, keepdims=True) > 0
+    factors = jnp.where(descends, factors, jnp.arange(2 * MEMORY + 1) == 2 * MEMORY)
+    directions = -jnp.matmul(factors[:, None], rows, precision=HIGHEST)[:, 0]
+    return Search(
+        weights=weights,
+        logits=logits,
+        probabilities=probabilities,
+        offsets=jnp.where(back, steps, 0.0),
+        gradients=jnp.where(back, search.gradients, gradients),
+        norms=jnp.where(far, jnp.inf, jnp.sqrt(along[:, -1, 1])),
+        directions=jnp.where(back, (share[:, None] - 1) * steps, directions),
+        falls=jnp.where(far, share * falls, jnp.sum(factors * along[..., 1], axis=1)),
+        straight=far,
+        memory=memory,
+        evaluations=search.evaluations + 1,
     )
 
 
-def _logits(problem: Problem, weights: Float[Array, "P K Q"]) -> Float[Array, "P K N"]:
-    rows = (weights / problem.scales).reshape(-1, weights.shape[-1])
-    return jnp.matmul(rows, problem.data.scores, precision=HIGHEST).reshape(*weights.shape[:2], -1)
+def _logits(problem: Problem, weights: Float[Array, "P V"]) -> Float[Array, "P K N"]:
+    scores = problem.data.scores
+    rows = (weights / problem.scales).reshape(-1, len(scores))
+    return jnp.matmul(rows, scores, precision=HIGHEST).reshape(len(weights), -1, scores.shape[1])
 
 
-def _evaluate(
-    problem: Problem, weights: Float[Array, "P K Q"], logits: Float[Array, "P K N"]
-) -> tuple[Float[Array, " P"], Float[Array, "P K Q"]]:
-    """Returns the objective and its gradient in the scaled weights."""
-    num_problems, num_classes, num_examples = logits.shape
-    largest = jnp.max(logits, axis=1)
-    exponentials = jnp.exp(logits - largest[:, None])
-    total = jnp.sum(exponentials, axis=1)
-    true = weights / problem.scales
-    pull = problem.penalties * true
-    labelled = problem.data.labels == jnp.arange(num_classes)[:, None]
-    correct = jnp.sum(jnp.where(labelled, logits, 0.0), axis=1)
-    # In this order an example that is surely right adds a small number, not the difference of two large ones.
-    entropies = jnp.mean(jnp.log(total) + (largest - correct), axis=-1)
-    losses = entropies + jnp.sum(true * pull, axis=(1, 2)) / 2
-    rows = (exponentials / total[:, None]).reshape(-1, num_examples)
-    expected = jnp.matmul(rows, problem.data.scores.T, precision=HIGHEST).reshape(num_problems, num_classes, -1)
-    return losses, (expected / num_examples - problem.data.targets + pull) / problem.scales
-
-
-def _lengths(
-    problem: Problem, search: Search, directions: Float[Array, "P K Q"], slopes: Float[Array, "P K N"]
-) -> Float[Array, " P"]:
-    """Returns how far to go: the unit step, corrected by one step of Newton's method along the line."""
-    logits = search.logits + slopes
+def _softmax(logits: Float[Array, "P K N"]) -> Float[Array, "P K N"]:
     exponentials = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
-    total = jnp.sum(exponentials, axis=1)
-    first = jnp.sum(exponentials * slopes, axis=1) / total
-    second = jnp.sum(exponentials * jnp.square(slopes), axis=1) / total
-    ahead, true = search.weights + directions, directions / problem.scales
-    pull = problem.penalties * true
-    rise = jnp.mean(first, axis=-1) + jnp.sum(pull * ahead / problem.scales - true * problem.data.targets, axis=(1, 2))
-    bend = jnp.mean(second - jnp.square(first), axis=-1) + jnp.sum(pull * true, axis=(1, 2))
-    return jnp.clip(1 - rise / jnp.maximum(bend, jnp.finfo(jnp.float32).tiny), 0.1, 10.0)
+    return exponentials / jnp.sum(exponentials, axis=1, keepdims=True)
 
 
-def _quasi_newton(search: Search) -> Float[Array, "P K Q"]:
-    """Returns the direction of L-BFGS (Nocedal and Wright 2006, algorithm 7.4); down the gradient without memory."""
-
-    def back(direction: Any, slot: Any) -> tuple[Any, Any]:
-        share = (search.curvatures[slot] * _dot(search.steps[slot], direction))[:, None, None]
-        return direction - share * search.differences[slot], share
-
-    def forth(direction: Any, slot_and_share: Any) -> tuple[Any, None]:
-        slot, share = slot_and_share
-        other = (search.curvatures[slot] * _dot(search.differences[slot], direction))[:, None, None]
-        return direction + (share - other) * search.steps[slot], None
-
-    slots = (search.iteration + jnp.arange(MEMORY)) % MEMORY  # the oldest first
-    direction, shares = jax.lax.scan(back, -search.gradients, slots, reverse=True)
-    newest = search.curvatures[slots[-1]] * _dot(search.differences[slots[-1]], search.differences[slots[-1]])
-    direction /= jnp.where(newest > 0, newest, 1.0)[:, None, None]
-    return jax.lax.scan(forth, direction, (slots, shares))[0]
+def _gradients(
+    problem: Problem, weights: Float[Array, "P V"], probabilities: Float[Array, "P K N"]
+) -> Float[Array, "P V"]:
+    """Returns the gradients in the scaled weights."""
+    num_examples = probabilities.shape[2]
+    rows = probabilities.reshape(-1, num_examples)
+    expected = jnp.matmul(rows, problem.data.scores.T, precision=HIGHEST).reshape(weights.shape)
+    pull = problem.penalties * weights / problem.scales
+    return (expected / num_examples - problem.data.targets.reshape(-1) + pull) / problem.scales
 
 
-def _remember(
-    search: Search, steps: Float[Array, "P K Q"], differences: Float[Array, "P K Q"], refused: Bool[Array, " P"]
-) -> Search:
-    """Puts the newest pair in place of the oldest, and forgets all pairs of a problem whose step was refused."""
-    product = _dot(steps, differences)
-    useful = product > jnp.finfo(jnp.float32).eps * _dot(differences, differences)
+def _lengths(problem: Problem, search: Search, slopes: Float[Array, "P K N"]) -> Float[Array, " P"]:
+    """Returns how far Newton's method along the line goes."""
+    moved = search.probabilities * slopes
+    spread = jnp.sum(moved * slopes, axis=1) - jnp.square(jnp.sum(moved, axis=1))
+    pull = problem.penalties * jnp.square(search.directions / problem.scales)
+    bend = jnp.sum(jnp.concatenate([spread / slopes.shape[2], pull], axis=1), axis=1)
+    return jnp.clip(search.falls / jnp.maximum(bend, jnp.finfo(jnp.float32).tiny), 0.1, 10.0)
+
+
+def _quasi_newton(
+    memory: Memory, along: Float[Array, "P R 2"], slot: Int[Array, ""], *, leave: Bool[Array, " P"]
+) -> tuple[Memory, Float[Array, "P R"]]:
+    """Returns the memory with the newest pair, and of which sum of rows the direction of L-BFGS is the negative.
+
+    It is the compact form (Byrd, Nocedal and Schnabel 1994, theorem 2.2) of the recursion over the pairs, which would
+    be two loops to compile. The inverse of their triangular matrix grows by a column with each pair, and without the
+    row and the column of the oldest it is that of the others.
+
+    Args:
+      memory: with the newest pair in its rows.
+      along: the products of the rows with the newest difference and the gradient.
+      slot: of the newest pair.
+      leave: whether not to use the newest pair.
+    """
+    here = jnp.arange(MEMORY) == slot
+    steps, differences = along[:, :MEMORY], along[:, MEMORY:-1]
+    product, square = (jax.lax.dynamic_index_in_dim(part[..., 0], slot, axis=1) for part in (steps, differences))
+    useful = (product > jnp.finfo(jnp.float32).eps * square) & ~leave[:, None]
+    scale = jnp.where(useful, product / jnp.where(useful, square, 1.0), 1.0)
     curvature = jnp.where(useful, 1 / jnp.where(useful, product, 1.0), 0.0)
-    slot = search.iteration % MEMORY
-    return search._replace(
-        steps=search.steps.at[slot].set(steps),
-        differences=search.differences.at[slot].set(differences),
-        curvatures=jnp.where(refused, 0.0, search.curvatures.at[slot].set(curvature)),
-    )
-
-
-def _dot(a: Float[Array, "P K Q"], b: Float[Array, "P K Q"]) -> Float[Array, " P"]:
-    return jnp.sum(a * b, axis=(1, 2))
-
-
-def _norms(gradients: Float[Array, "P K Q"]) -> Float[Array, " P"]:
-    return jnp.sqrt(_dot(gradients, gradients))
+    inverse = jnp.where(here | here[:, None], 0.0, memory.inverse)
+    both = jnp.matmul(inverse, steps, precision=HIGHEST)
+    column = jnp.where(here, curvature, -curvature * both[..., 0])
+    shares = both[..., 1] + column * jax.lax.dynamic_index_in_dim(steps[..., 1], slot, axis=1)
+    inverse = jnp.where(here, column[..., None], inverse)
+    squares = jnp.where(here, differences[..., :1], memory.squares)
+    squares = jnp.where(here[:, None], differences[:, None, :, 0], squares)
+    products = jnp.where(here, product, memory.products)
+    inner = jnp.matmul(squares, shares[..., None], precision=HIGHEST)[..., 0] - differences[..., 1]
+    inner = (products * shares + scale * inner)[:, None]
+    outer = jnp.matmul(inner, inverse, precision=HIGHEST)[:, 0]
+    return Memory(memory.rows, inverse, squares, products), jnp.concatenate([outer, -scale * shares, scale], axis=1)

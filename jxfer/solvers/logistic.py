@@ -6,7 +6,6 @@ import itertools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -108,7 +107,7 @@ class LogisticPath:
             start = _interpolate(np.log(path[solved]), weights[solved], np.log(path[part]))
             solution = self._solve_part(data, path[part], start, stretch, proceed)
             weights[part], norms[part], solved[part] = solution.weights, solution.gradient_norms, True
-            num_evaluations += int(solution.iterations) + 1
+            num_evaluations += int(solution.evaluations)
         return weights, norms, num_evaluations * iteration_flops
 
     def _solve_part(
@@ -120,9 +119,13 @@ class LogisticPath:
         solution, search = lbfgs.solve(*problem, start, np.int32(ends[0]))
         for before, end in itertools.pairwise(ends):
             proceed()  # however early all is solved
-            if int(solution.iterations) == before:
+            if int(solution.evaluations) == before + 1:
                 solution, search = lbfgs.resume(*problem, search, np.int32(end))
-        return solution
+        if (evaluations := int(solution.evaluations)) <= lbfgs.LONG:
+            return solution
+        # The logits that the iterations kept up to date carry the rounding of all of them.
+        fresh, _ = lbfgs.solve(*problem, solution.weights, np.int32(0))
+        return fresh._replace(evaluations=evaluations + 1)
 
 
 def check_strengths(strengths: tuple[float, ...]) -> None:
@@ -158,13 +161,9 @@ def _prepare_flops(num_examples: int, num_features: int, num_classes: int) -> fl
     return counted + uncounted_flops(num_examples, num_features, num_classes)
 
 
-@functools.lru_cache(maxsize=64)
 def _iteration_flops(num_examples: int, axes: int, num_classes: int, size: int) -> float:
-    def begin(scores: Any, labels: Any, strengths: Any, start: Any) -> tuple[lbfgs.Problem, lbfgs.Search]:
-        data = lbfgs.Data(scores, labels, jnp.zeros((num_classes, axes + 1)), jnp.zeros(axes + 1))
-        problem = lbfgs.pose(data, strengths)
-        return problem, lbfgs.begin(problem, start)
-
-    data = shape(axes + 1, num_examples), shape(num_examples, dtype=jnp.int32)
-    posed = jax.eval_shape(begin, *data, shape(size), shape(size, num_classes, axes + 1))
-    return flops_of(lbfgs.advance, *posed, shape())
+    axis = axes + 1
+    labels, targets = shape(num_examples, dtype=jnp.int32), shape(num_classes, axis)
+    shapes: Any = shape(axis, num_examples), labels, targets, shape(axis)
+    start, most = shape(size, num_classes, axis), shape(dtype=jnp.int32)
+    return flops_of(lbfgs.solve, lbfgs.Data(*shapes), shape(size), shape(), start, most)

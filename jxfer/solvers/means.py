@@ -1,8 +1,10 @@
 """The nearest class mean as a linear head, in closed form."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -47,6 +49,7 @@ class NearestMean:
         return flops_of(class_means, *data, num_classes=num_classes), 4 * num_examples * (num_features + num_classes)
 
 
+@functools.partial(jax.jit, static_argnames="num_classes")
 def class_means(features: Float[Array, "N D"], labels: Int[Array, " N"], *, num_classes: int) -> Float[Array, "K D"]:
     """Returns the mean of each class."""
     targets = one_hot(labels, num_classes)

@@ -49,7 +49,7 @@ class NearestNeighbours:
         count = min(max(self.counts), num_examples)
         arguments = shape(1, num_features), shape(num_examples, num_features), shape(num_examples, dtype=jnp.int32)
         scalars = shape(count), shape(), shape()
-        flops = flops_of(vote, *arguments, *scalars, num_classes=num_classes)
+        flops = flops_of(_vote, *arguments, *scalars, num_classes=num_classes)
         return flops, 4 * num_examples * (num_features + ROWS + 1)
 
 
