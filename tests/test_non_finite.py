@@ -339,3 +339,26 @@ def test_variants_train_apart_where_each_goes_its_own_way(experiment, policy):
     (population,) = plan.plan_method(experiment, methods.linear_probe, task).populations
     assert population.parts == (1, 1)
     assert f"train.non_finite={policy}" in population.why
+
+
+def test_each_variant_skips_the_steps_that_it_skips_alone_where_they_would_fail_together(experiment, tmp_path):
+    source = runs.write_source(tmp_path / "source", "tiny_convnet")
+    bad = sum(5 in batch for batch in batches_of(poison_one(experiment, 5), 0))
+
+    def probe(policy, name, *rates):
+        settings = runs.with_train(dataclasses.replace(experiment, search=SearchConfig(rates)), non_finite=policy)
+        row = run(Job(settings, methods.linear_probe, None, 0), tmp_path / name, runs.QUIET, source=source)
+        return row, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    searching = dataclasses.replace(experiment, search=SearchConfig((1e-3, 1e-2)))
+    task = Task(runs.SOURCE_CLASSES, runs.TARGET_CLASSES, (8, 8, 1))
+    assert plan.plan_method(searching, methods.linear_probe, task).populations[0].parts == (2,)
+    row, _ = probe("stop", "stops", 1e-3, 1e-2)
+    assert row["status"] == "failed", "together they meet the same image"
+    row, log = probe("skip", "skips", 1e-3, 1e-2)
+    assert (row["status"], row["skipped_steps"], row["population"][0]["parts"]) == ("ok", bad, [1, 1])
+    for rate, variant in zip((1e-3, 1e-2), row["variants"], strict=True):
+        alone, _ = probe("skip", f"alone-{rate}", rate)
+        assert variant["validation_metrics"] == alone["validation_metrics"]
+        windows = [each for each in log if (each["split"], each["variant"]) == ("train", variant["variant"])]
+        assert sum(each["skipped_steps"] for each in windows) == bad
