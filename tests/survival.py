@@ -20,9 +20,11 @@ import runs
 
 from jxfer import checkpoint, chunks
 
-KINDS = ("train", "evaluate", "save", "final", "extract", "append", "torn", "claims", "records", "time")
+KINDS = ("train", "evaluate", "save", "final", "extract", "solve", "append", "torn", "claims", "records", "time")
 """Where a process can be: steps, looks at validation or test, saves of checkpoints and of finished weights, storing
-features, appending to the results (`torn`: half a line), claims, the small files; `time` counts milliseconds."""
+features, parts of a solver's path, appending to the results (`torn`: half a line), claims, the small files; `time`
+counts milliseconds."""
+
 
 CHILD = """
 import contextlib, errno, json, os, resource, signal, subprocess, sys, threading, time
@@ -32,6 +34,7 @@ from pathlib import Path
 import array_record.python.array_record_module, tensorboardX
 from orbax.checkpoint import v1
 from jxfer import ablate, cli, directory, evaluate, extract, report, session
+from jxfer.solvers import lbfgs
 
 OUT, seen = "", Counter()
 extract.CHUNK_SECS = 0.0
@@ -85,6 +88,10 @@ def watched_batches(*args, **kwargs):
         pass_by("evaluate")
         yield batch
 
+def solve(*args):
+    pass_by("solve")
+    return whole_solve(*args)
+
 def append(out, row):
     if what == "torn" and seen["torn"] + 1 == count:
         with (out / "results.jsonl").open("a") as file:
@@ -93,6 +100,7 @@ def append(out, row):
     whole_append(out, row)
 
 whole_batches, evaluate.eval_batches = evaluate.eval_batches, watched_batches
+whole_solve, lbfgs.solve = lbfgs.solve, solve
 whole_append, ablate.append_result = ablate.append_result, append
 session.progress = lambda: contextlib.nullcontext(progress)
 def document(material):

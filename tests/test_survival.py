@@ -18,7 +18,7 @@ from jxfer import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-EXPERIMENT = '''"""Pre-training, stored features and a population of heads on them."""
+EXPERIMENT = '''"""Pre-training, stored features, a population of heads; a path, and fine-tuning from its head."""
 
 from jxfer import methods
 from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, SourceConfig, TrainConfig
@@ -31,9 +31,9 @@ experiment = Experiment(
     model=ModelConfig("convnet_dropout"),
     train=train,
     search=SearchConfig(learning_rate=(1e-3, 1e-2)),
-    methods=(methods.linear_probe,),
+    methods=(methods.linear_probe, methods.lp_ft),
     shots=(3,),
-    seeds=2,
+    seeds=1,
 )
 '''
 
@@ -63,18 +63,20 @@ def expected(starts: Starter, tmp_path_factory) -> Path:
 
 def test_killed_at_each_kind_of_moment_an_ablation_ends_as_if_it_had_not_been(starts, expected, tmp_path):
     out, cache = tmp_path / "out", tmp_path / "cache"
-    moments = {
-        "claims": 3,
-        "records": 2,
-        "save": 21,
-        "train": 3,
-        "evaluate": 3,
-        "final": 2,
-        "extract": 9,
-        "torn": 1,
-        "append": 1,
-    }
-    for what, count in moments.items():
+    moments = [
+        ("claims", 3),
+        ("records", 2),
+        ("save", 21),
+        ("train", 3),
+        ("evaluate", 3),
+        ("final", 2),
+        ("extract", 9),
+        ("torn", 1),
+        ("append", 1),
+        ("solve", 2),  # the second part of the path
+        ("train", 11),  # fine-tuning of the second variant
+    ]
+    for what, count in moments:
         assert not starts.outlives(out, cache, what, count), f"it was never at the {count}th {what}"
         leave_for_long(out)
     assert starts.outlives(out, cache)
@@ -83,8 +85,9 @@ def test_killed_at_each_kind_of_moment_an_ablation_ends_as_if_it_had_not_been(st
 
 
 def test_sigterm_saves_within_seconds_wherever_it_comes(starts, expected, tmp_path):
-    # In pre-training, while features are stored, in a population, and between the test split and the results.
-    for what, count in [("train", 3), ("extract", 7), ("train", 3), ("torn", 1)]:
+    # In pre-training, while features are stored, in a population, between the test split and the results, in a path,
+    # and in fine-tuning.
+    for what, count in [("train", 3), ("extract", 7), ("train", 3), ("torn", 1), ("solve", 1), ("train", 3)]:
         began = time.monotonic()
         status, words = starts.start(tmp_path / "out", tmp_path / "cache", what, count, how="terminate")
         assert status == 75, (what, words)
@@ -98,8 +101,9 @@ def test_sigterm_saves_within_seconds_wherever_it_comes(starts, expected, tmp_pa
 def test_killed_at_twenty_random_moments_ablations_end_as_if_they_had_not_been(starts, expected, tmp_path):
     rng, killed = random.Random(0), Counter()
     most = {
-        "train": 9,
-        "evaluate": 8,
+        "train": 20,
+        "evaluate": 12,
+        "solve": 4,
         "save": 60,
         "final": 20,
         "extract": 20,
@@ -130,8 +134,8 @@ def disk(tmp_path) -> Path:
 
 @pytest.fixture
 def starts_there(disk, file, expected) -> Iterator[Starter]:
-    """Starts processes to which `disk` is one of 12 MB, where this one may give them one."""
-    mount = ["unshare", "-Urm", "bash", "-c", f'mount -t tmpfs -o size=12m tmpfs {disk} && exec "$@"', "bash"]
+    """Starts processes to which `disk` is one of 64 MB, where this one may give them one."""
+    mount = ["unshare", "-Urm", "bash", "-c", f'mount -t tmpfs -o size=64m tmpfs {disk} && exec "$@"', "bash"]
     may = shutil.which("unshare") and subprocess.run([*mount, "true"], capture_output=True).returncode == 0
     with starter(file, file.with_name("xla"), mount if may else ()) as starts:
         yield starts
