@@ -34,7 +34,7 @@ from pathlib import Path
 import array_record.python.array_record_module, tensorboardX
 from orbax.checkpoint import v1
 from jxfer import ablate, cli, directory, evaluate, extract, report, session
-from jxfer.solvers import lbfgs
+from jxfer.solvers.logistic import LogisticPath
 
 OUT, seen = "", Counter()
 extract.CHUNK_SECS = 0.0
@@ -88,9 +88,9 @@ def watched_batches(*args, **kwargs):
         pass_by("evaluate")
         yield batch
 
-def solve(*args):
+def solve_part(*args):
     pass_by("solve")
-    return whole_solve(*args)
+    return whole_part(*args)
 
 def append(out, row):
     if what == "torn" and seen["torn"] + 1 == count:
@@ -100,7 +100,7 @@ def append(out, row):
     whole_append(out, row)
 
 whole_batches, evaluate.eval_batches = evaluate.eval_batches, watched_batches
-whole_solve, lbfgs.solve = lbfgs.solve, solve
+whole_part, LogisticPath._solve_part = LogisticPath._solve_part, solve_part
 whole_append, ablate.append_result = ablate.append_result, append
 session.progress = lambda: contextlib.nullcontext(progress)
 def document(material):

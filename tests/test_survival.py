@@ -73,7 +73,7 @@ def test_killed_at_each_kind_of_moment_an_ablation_ends_as_if_it_had_not_been(st
         ("extract", 9),
         ("torn", 1),
         ("append", 1),
-        ("solve", 2),  # a part of the path
+        ("solve", 2),  # the second part of the path
         ("train", 11),  # fine-tuning of the second variant
     ]
     for what, count in moments:
