@@ -49,14 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def ablate(args: Arguments) -> int:
     """Trains the grid of an experiment, prints its table and builds its report."""
     from jxfer import ablate, distributed, report
-    from jxfer.session import open_session
+    from jxfer.session import open_session, stopped_at_once
 
     experiment = _experiment(args)
     directory = _directory(args, experiment)
     with open_session() as session:
         results = ablate.ablate(experiment, directory, session, command=args.line)
     if distributed.is_main():
-        comparisons = report.build(directory)
+        with stopped_at_once("the report was being built"):
+            comparisons = report.build(directory)
         print_table(report.summary_table(results, comparisons))
         print(f"open {directory / 'report.html'}")
     return _report_failures(results)

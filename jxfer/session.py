@@ -14,6 +14,7 @@ from jxfer import distributed, peers
 from jxfer.data.prepare import cache_dir
 from jxfer.loop import Session
 from jxfer.progress import progress
+from jxfer.typing import InterruptedRun
 from jxfer.xla_flags import set_xla_flags
 
 
@@ -60,6 +61,18 @@ def _note(text: str) -> None:
 
 
 @contextlib.contextmanager
+def stopped_at_once(when: str) -> Iterator[None]:
+    """Turns SIGTERM and SIGINT into InterruptedRun wherever the code is, for work that has nothing to save."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise InterruptedRun(f"stopped while {when}")
+
+    with _handled(stop):
+        yield
+
+
+@contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM and SIGINT into a flag; a second SIGINT raises KeyboardInterrupt."""
     received: list[int] = []
@@ -70,9 +83,15 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with _handled(note):
         yield lambda: bool(received)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

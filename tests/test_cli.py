@@ -299,6 +299,17 @@ def test_a_reader_that_leaves_early_is_no_error(trial):
         assert process.stderr.read() == ""
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_report_is_built_ends_with_its_status_too(number, trial, calls, monkeypatch, capsys):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(report, "build", lambda directory: signal.raise_signal(number))
+    assert main(["ablate", "trial.py"]) == 75
+    assert capsys.readouterr().err == (
+        "jxfer: stopped while the report was being built; run the same command again to continue\n"
+    )
+    assert signal.getsignal(number) is before
+
+
 def test_an_ablation_stops_on_sigterm_continues_and_then_has_nothing_to_do(trial, capsys):
     args = ["ablate", "trial.py", "--methods", "scratch", "--train.num_steps", "200"]
     args += ["--train.checkpoint_every", "50", "--train.eval_every", "100"]
