@@ -9,6 +9,19 @@ from pathlib import Path
 NO_YNN_FUSION = "--xla_cpu_experimental_ynn_fusion_type="
 """Leaves fusions to XLA's own code generator, which makes convolutions and reductions faster on a CPU."""
 
+NO_FUSION_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+"""Has the code of fusions generated in an older way, which shortens compilation and may slow down what is compiled."""
+
+
+def quick_to_compile() -> dict[str, bool] | None:
+    """Returns the `compiler_options` for `jax.jit` of programs that compile about as long as they run, on a CPU.
+
+    None where an accelerator is to be used, jaxlib does not know the flag, or the user says something of it.
+    """
+    name = NO_FUSION_EMITTERS.strip("-").split("=")[0]
+    is_free = name not in os.environ.get("XLA_FLAGS", "")
+    return {name: False} if is_free and _only_cpu() and is_known(NO_FUSION_EMITTERS) else None
+
 
 def set_xla_flags() -> None:
     """Sets `XLA_FLAGS` for the CPU, unless it is set already or an accelerator is to be used.

@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from jxfer import xla_flags
-from jxfer.xla_flags import NO_YNN_FUSION, set_xla_flags
+from jxfer.xla_flags import NO_FUSION_EMITTERS, NO_YNN_FUSION, quick_to_compile, set_xla_flags
 
 
 @pytest.fixture
@@ -37,6 +38,16 @@ def test_an_accelerator_gets_no_flags_of_a_cpu(flags_without, platforms):
     flags_without.setenv("JAX_PLATFORMS", platforms)
     set_xla_flags()
     assert os.environ["XLA_FLAGS"] == ""
+    assert quick_to_compile() is None
+
+
+@pytest.mark.skipif(not xla_flags.is_known(NO_FUSION_EMITTERS), reason="this XLA has no such flag")
+def test_a_program_compiles_with_options_unless_the_user_gives_them(flags_without):
+    options = quick_to_compile()
+    assert options == {"xla_cpu_use_fusion_emitters": False}
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2, "a name that XLA takes"
+    flags_without.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
+    assert quick_to_compile() is None
 
 
 def test_an_unknown_flag_is_not_set(flags_without):

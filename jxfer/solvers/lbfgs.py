@@ -18,12 +18,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxfer.solvers.basis import HIGHEST, Basis, one_hot, principal_with_targets
+from jxfer.xla_flags import quick_to_compile
 
 MEMORY = 8
 """Pairs of steps and gradient differences that L-BFGS remembers."""
 
 LONG = 50
 """Evaluations after which the rounding of as many updates of the logits is to be looked at: 50 × 6e-8 of their size."""
+
+_jit = functools.partial(jax.jit, compiler_options=quick_to_compile())
 
 
 class Data(NamedTuple):
@@ -96,7 +99,7 @@ class Solution(NamedTuple):
     """Of which the first is that of the start."""
 
 
-@functools.partial(jax.jit, static_argnames="num_classes")
+@functools.partial(_jit, static_argnames="num_classes")
 def prepare(features: Float[Array, "N D"], labels: Int[Array, " N"], *, num_classes: int) -> tuple[Basis, Data]:
     """Turns the features into their eigenbasis, and sums up what the labels contribute to every gradient."""
     targets = one_hot(labels, num_classes)
@@ -110,7 +113,7 @@ def prepare(features: Float[Array, "N D"], labels: Int[Array, " N"], *, num_clas
     )
 
 
-@jax.jit
+@_jit
 def solve(
     data: Data,
     strengths: Float[Array, " P"],
@@ -137,7 +140,7 @@ def solve(
     return _search(problem, begin(problem, start), tolerance, most)
 
 
-@functools.partial(jax.jit, donate_argnames="search")
+@functools.partial(_jit, donate_argnames="search")
 def resume(
     data: Data, strengths: Float[Array, " P"], tolerance: Float[Array, ""], search: Search, most: Int[Array, ""]
 ) -> tuple[Solution, Search]:
@@ -157,7 +160,7 @@ def _search(
     return Solution(weights, search.norms, search.evaluations), search
 
 
-@jax.jit
+@_jit
 def heads(
     basis: Basis, data: Data, strengths: Float[Array, " P"], weights: Float[Array, "P K Q"]
 ) -> tuple[Float[Array, "P D K"], Float[Array, "P K"]]:
