@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("jxfer", "beartype.beartype")
 
-from jxfer import programs, xla_flags  # noqa: E402 (after the hook, which would not see it)
+from jxfer import programs  # noqa: E402 (after the hook, which would not see it)
 
 LONGEST_FILES = (
     "test_distributed",
@@ -37,12 +37,6 @@ LONGEST_FILES = (
     "test_population",
 )
 """What takes the longest, the longest first."""
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Shortens compilation, most of what fast tests do; parity is looked at in the programs that users get."""
-    if "not parity" in config.option.markexpr and xla_flags.is_known(xla_flags.NO_FUSION_EMITTERS):
-        os.environ["XLA_FLAGS"] += " " + xla_flags.NO_FUSION_EMITTERS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
