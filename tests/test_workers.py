@@ -341,12 +341,24 @@ def kill_one_that_trains(workers: list[subprocess.Popen], out: Path) -> tuple[su
             victim = next((worker for worker in workers if worker.pid == pid), None)
             if victim is not None and (out / "results.jsonl").exists():
                 victim.send_signal(signal.SIGSTOP)
-                if holder_in(out, name) == pid:
+                wait_until_stopped(victim)
+                if holder_in(out, name) == pid and name not in finished_in(out):
                     victim.kill()
                     return victim, name
                 victim.send_signal(signal.SIGCONT)
         time.sleep(0.005)
     raise AssertionError("nobody trained anything")
+
+
+def wait_until_stopped(worker: subprocess.Popen) -> None:
+    """Waits until a signal to stop has come, after which nothing that a look finds changes any more."""
+    os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
+def finished_in(out: Path) -> set[str]:
+    """Returns the runs whose row is there, though their holder may not have released them yet."""
+    whole = (out / "results.jsonl").read_text().split("\n")[:-1]  # another worker may be writing the last line
+    return {f"{row['method']}-shots{row['shots']}-seed{row['seed']}" for row in map(json.loads, whole)}
 
 
 def holder_in(out: Path, name: str) -> int | None:
