@@ -116,15 +116,17 @@ def default_directory(experiment: Experiment) -> Path:
 def _run_all(
     experiment: Experiment, jobs: Sequence[Job], directory: Path, session: Session, command: str
 ) -> list[dict[str, Any]]:
-    check(experiment)
-    experiment = resolve(experiment)
+    with session.at_once("the experiment was being checked"):  # for which published settings may have to be fetched
+        check(experiment)
+        experiment = resolve(experiment)
     jobs = [dataclasses.replace(job, experiment=experiment) for job in jobs]
     with reporting(directory), contextlib.ExitStack() as stack:
-        distributed.on_main(lambda: stack.enter_context(claimed(experiment, directory)))
-        needs_source = any(job.method.start == "source" for job in jobs)
-        given = _given_source(experiment) if needs_source else None
-        data_versions = _data_versions(experiment, needs_source, given)
-        distributed.on_main(lambda: check_data(directory, data_versions))
+        with session.at_once("data and weights were being opened"):
+            distributed.on_main(lambda: stack.enter_context(claimed(experiment, directory)))
+            needs_source = any(job.method.start == "source" for job in jobs)
+            given = _given_source(experiment) if needs_source else None
+            data_versions = _data_versions(experiment, needs_source, given)
+            distributed.on_main(lambda: check_data(directory, data_versions))
         rows = functools.partial(_rows_of, directory)
         source = None
         if distributed.on_main(lambda: bool(_lacking(jobs, rows()))):
@@ -289,19 +291,20 @@ def _prepare_directory(
     """Writes what the report needs besides results, and returns the source model where a job starts from it."""
     picked = list({job.method.name: job.method for job in jobs}.values())
     needs_source = any(method.start == "source" for method in picked)
-    for shots in {job.shots for job in jobs}:  # too many shots are an error now, not after an hour of other runs
-        data.draw(load_data(experiment.target), experiment.target, shots, 0)
-    task = task_of(experiment) if needs_source else _task_without_source(experiment)
-    if distributed.is_main():
-        write_json(directory / "classes.json", {"source": task.source_classes, "target": task.target_classes})
-        write_json(directory / "versions.json", versions(command))
-        save_examples(experiment, directory)
-    plans: dict[str, Any] = {}
-    for method in picked:
-        session.progress(f"planning {method.name}", len(plans), len(picked))
-        plans[method.name] = plan_method(experiment, method, task).to_json()
-    if distributed.is_main():
-        save_plans(directory, plans)
+    with session.at_once("plans were being made"):
+        for shots in {job.shots for job in jobs}:  # too many shots are an error now, not after an hour of other runs
+            data.draw(load_data(experiment.target), experiment.target, shots, 0)
+        task = task_of(experiment) if needs_source else _task_without_source(experiment)
+        if distributed.is_main():
+            write_json(directory / "classes.json", {"source": task.source_classes, "target": task.target_classes})
+            write_json(directory / "versions.json", versions(command))
+            save_examples(experiment, directory)
+        plans: dict[str, Any] = {}
+        for method in picked:
+            session.progress(f"planning {method.name}", len(plans), len(picked))
+            plans[method.name] = plan_method(experiment, method, task).to_json()
+        if distributed.is_main():
+            save_plans(directory, plans)
     if given is not None and given.manifest is not None and distributed.is_main():
         write_json(directory / "manifest.json", given.manifest.to_json())
         session.note(str(given.manifest))

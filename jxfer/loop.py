@@ -35,6 +35,8 @@ class Session:
     """Called before a run writes what counts; raises where another process has taken the run over."""
     trace_steps: int | None = None
     """Of how many steps of each phase a trace is written; None writes none."""
+    at_once: Callable[[str], contextlib.AbstractContextManager[None]] = lambda when: contextlib.nullcontext()
+    """Lends a block in which SIGTERM or SIGINT raises wherever the code is; for work of which nothing need be saved."""
 
     def proceed(self, doing: str) -> None:
         """Raises InterruptedRun once the session should stop; for work of which nothing remains to be saved."""

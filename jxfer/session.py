@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -47,13 +47,13 @@ def _print_unless_known(unraisable: Any) -> None:
 @contextlib.contextmanager
 def open_session() -> Iterator[Session]:
     """Lends a session that shows progress on stderr and stops on SIGTERM and SIGINT; several processes stop as one."""
-    with stop_signals() as wants_stop:
-        should_stop = peers.agreed(wants_stop)
+    with stop_signals() as signals:
+        should_stop, at_once = peers.agreed(signals.arrived), signals.at_once
         if not distributed.is_main():
-            yield Session(progress=lambda what, done, total: None, should_stop=should_stop)
+            yield Session(progress=lambda what, done, total: None, should_stop=should_stop, at_once=at_once)
             return
         with progress() as tracker:
-            yield Session(progress=tracker, should_stop=should_stop, note=_note)
+            yield Session(progress=tracker, should_stop=should_stop, note=_note, at_once=at_once)
 
 
 def _note(text: str) -> None:
@@ -63,35 +63,60 @@ def _note(text: str) -> None:
 @contextlib.contextmanager
 def stopped_at_once(when: str) -> Iterator[None]:
     """Turns SIGTERM and SIGINT into InterruptedRun wherever the code is, for work that has nothing to save."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        raise InterruptedRun(f"stopped while {when}")
-
-    with _handled(stop):
+    with stop_signals() as signals, signals.at_once(when):
         yield
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and SIGINT into a flag; a second SIGINT raises KeyboardInterrupt."""
-    received: list[int] = []
+def stop_signals() -> Iterator["Signals"]:
+    """Takes SIGTERM and SIGINT as a wish to stop while the block runs.
 
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    with _handled(note):
-        yield lambda: bool(received)
-
-
-@contextlib.contextmanager
-def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    Raises:
+      InterruptedRun: one arrived in a block of `Signals.at_once`.
+      KeyboardInterrupt: a second SIGINT.
+    """
+    signals = Signals()
+    before = {number: signal.signal(number, signals.note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield signals
+    except _AtOnce as stop:
+        raise InterruptedRun(str(stop)) from None
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+class Signals:
+    """Which signals have arrived, and whether the next one ends the work there and then."""
+
+    def __init__(self) -> None:
+        self._arrived: list[int] = []
+        self._when: str | None = None
+
+    def arrived(self) -> bool:
+        """Tells whether one has."""
+        return bool(self._arrived)
+
+    @contextlib.contextmanager
+    def at_once(self, when: str) -> Iterator[None]:
+        """Lets a signal end the block wherever the code is, or before it begins: nothing of it must need saving."""
+        self._when = when
+        try:
+            if self._arrived:
+                raise _AtOnce(f"stopped while {when}")
+            yield
+        finally:
+            self._when = None
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal."""
+        del frame
+        if number == signal.SIGINT and number in self._arrived:
+            raise KeyboardInterrupt
+        self._arrived.append(number)
+        if self._when is not None:
+            raise _AtOnce(f"stopped while {self._when}")
+
+
+class _AtOnce(BaseException):
+    """Becomes InterruptedRun outside; until then no `except Exception` may take it for an error of what it reads."""

@@ -92,6 +92,15 @@ def solve_part(*args):
     pass_by("solve")
     return whole_part(*args)
 
+def begin(kind, function):
+    def watched(*args, **kwargs):
+        try:
+            pass_by(kind)
+        except Exception:
+            raise ValueError("taken for an error of what was read")
+        return function(*args, **kwargs)
+    return watched
+
 def append(out, row):
     if what == "torn" and seen["torn"] + 1 == count:
         with (out / "results.jsonl").open("a") as file:
@@ -102,6 +111,8 @@ def append(out, row):
 whole_batches, evaluate.eval_batches = evaluate.eval_batches, watched_batches
 whole_part, LogisticPath._solve_part = LogisticPath._solve_part, solve_part
 whole_append, ablate.append_result = ablate.append_result, append
+ablate.resolve, ablate.load_data = begin("check", ablate.resolve), begin("open", ablate.load_data)
+ablate.plan_method = begin("plan", ablate.plan_method)
 session.progress = lambda: contextlib.nullcontext(progress)
 def document(material):
     pass_by("report")

@@ -223,10 +223,10 @@ def test_a_bug_keeps_its_traceback(calls, monkeypatch):
 
 def test_signals_ask_the_loop_to_stop_and_the_second_interrupt_insists():
     before = signal.getsignal(signal.SIGTERM)
-    with session.stop_signals() as should_stop:
-        assert not should_stop()
+    with session.stop_signals() as signals:
+        assert not signals.arrived()
         signal.raise_signal(signal.SIGTERM)
-        assert should_stop()
+        assert signals.arrived()
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -194,3 +194,29 @@ sys.exit(75)
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40)
     assert (ended.returncode, ended.stdout) == (75, "left\n"), ended.stderr
+
+
+EXPERIMENT = """
+from jxfer import methods
+from jxfer.config import DataConfig, Experiment
+experiment = Experiment(name="hangs", target=DataConfig({target!r}), methods=(methods.scratch,))
+"""
+
+
+def test_sigterm_ends_a_command_whose_data_lie_on_a_disk_that_does_not_answer(tmp_path):
+    name = runs.write_folder(tmp_path / "set", ("a", "b"))
+    (tmp_path / "hangs.py").write_text(EXPERIMENT.format(target=name))
+    code = """
+import os, signal, sys, time
+from jxfer.data import images, threads
+def hang(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+images.decode, threads.LEAVE_SECS = hang, 0.2
+from jxfer.cli import main
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, "run", str(tmp_path / "hangs.py"), "--method", "scratch"]
+    ended = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=40)
+    words = "jxfer: stopped while data and weights were being opened; run the same command again to continue\n"
+    assert (ended.returncode, ended.stderr) == (75, words)

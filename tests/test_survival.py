@@ -97,6 +97,23 @@ def test_sigterm_saves_within_seconds_wherever_it_comes(starts, expected, tmp_pa
     assert_same(tmp_path / "out", expected)
 
 
+@pytest.mark.parametrize(
+    ("what", "count", "when"),
+    [
+        ("check", 1, "the experiment was being checked"),
+        ("open", 2, "data and weights were being opened"),
+        ("plan", 2, "plans were being made"),
+    ],
+)
+def test_sigterm_ends_what_comes_before_training_wherever_the_code_is(starts, expected, tmp_path, what, count, when):
+    ended = starts.start(tmp_path / "out", tmp_path / "cache", what, count, how="terminate")
+    assert ended == (75, f"jxfer: stopped while {when}; run the same command again to continue\n")
+    assert not (tmp_path / "out" / "runs").exists()
+    if what == "plan":
+        assert starts.outlives(tmp_path / "out", tmp_path / "cache")
+        assert_same(tmp_path / "out", expected)
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_ablations_end_as_if_they_had_not_been(starts, expected, tmp_path):
     rng, killed = random.Random(0), Counter()

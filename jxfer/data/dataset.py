@@ -1,14 +1,13 @@
 """What a data set is: named splits with stable example ids and random access."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from jxfer.data.stall import reading, result
+from jxfer.data.stall import reading
+from jxfer.data.threads import in_threads
 from jxfer.typing import HostBatch, Input, InputError
 
 SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
@@ -215,17 +214,14 @@ def decode_all(split: LazySplit) -> tuple[ArraySplit, list[int]]:
     def attempt(indices: np.ndarray) -> list[np.ndarray | None]:
         return [_example_or_none(split, int(index)) for index in indices]
 
+    def what(indices: np.ndarray) -> str:
+        return f"{len(indices)} of {len(split)} examples, which are read into memory,"
+
     chunks = np.array_split(np.arange(len(split)), max(1, len(split) // DECODE_CHUNK))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = [(chunk, pool.submit(attempt, chunk)) for chunk in chunks]
-        examples = [example for chunk, future in decoded for example in result(future, _decoding(split, chunk))]
+    examples = [example for part in in_threads(attempt, chunks, what) for example in part]
     good = np.array([example is not None for example in examples], bool)
     arrays: dict[str, np.ndarray] = {split.input: np.array([example for example in examples if example is not None])}
     return ArraySplit(split.ids[good], split.labels[good], arrays), [int(i) for i in np.flatnonzero(~good)]
-
-
-def _decoding(split: LazySplit, chunk: np.ndarray) -> Callable[[], str]:
-    return lambda: f"{len(chunk)} of {len(split)} examples, which are read into memory,"
 
 
 def _example_or_none(split: LazySplit, index: int) -> np.ndarray | None:

@@ -4,9 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,8 @@ from jxfer.config import DataConfig
 from jxfer.data import audio, images, text
 from jxfer.data.dataset import MEMORY_BYTES, ArraySplit, Dataset, LazySplit, Split, decode_all, usual_splits
 from jxfer.data.listing import KINDS, WORDS, Example, Listing, class_names, read_text
-from jxfer.data.stall import reading, result
+from jxfer.data.stall import reading
+from jxfer.data.threads import in_threads
 from jxfer.typing import Input, InputError
 
 log = logging.getLogger(__name__)
@@ -191,9 +190,7 @@ def _headers(listing: Listing) -> dict[str, tuple[int, ...]]:
         except OSError:
             return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = [pool.submit(attempt, example) for example in listing.examples]
-        found = [result(future, lambda: f"the header of a file of '{listing.root}'") for future in read]
+    found = list(in_threads(attempt, listing.examples, lambda _: f"the header of a file of '{listing.root}'"))
     named = zip(listing.examples, found, strict=True)
     return {example.name: header for example, header in named if header is not None}
 
