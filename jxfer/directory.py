@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jxfer import claims, config, data, distributed
 from jxfer.claims import Claim
 from jxfer.config import Experiment
 from jxfer.peak import describe_peak
+from jxfer.solvers import lbfgs
 from jxfer.task import load_data
 from jxfer.typing import InputError
 
@@ -166,6 +167,7 @@ def versions(command: str) -> dict[str, str]:
         "peak": describe_peak(devices),
         "processes": str(distributed.count()),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "xla_flags_of_paths": _flags(lbfgs.COMPILER_OPTIONS or {}),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
     }
 
@@ -238,6 +240,11 @@ def _parse(text: str, place: str) -> Any:
         raise InputError(
             f"{place} is not JSON ({error.msg}); remove what is damaged there, or choose another --out"
         ) from None
+
+
+def _flags(options: Mapping[str, bool]) -> str:
+    """Returns options of the compiler as `XLA_FLAGS` has them."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
 
 
 def _version(package: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from jxfer import directory, methods
 from jxfer.config import DataConfig, Experiment, ModelConfig, SourceConfig
+from jxfer.solvers import lbfgs
 from jxfer.task import task_of
 from jxfer.typing import InputError
 
@@ -51,6 +52,16 @@ def test_several_processes_work_at_one_experiment_and_none_begins_another_beside
         assert json.loads((tmp_path / "experiment.json").read_text())["model"]["name"] == "convnet"
     with directory.claimed(other, tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"), [({"xla_a": False, "xla_b": True}, "--xla_a=false --xla_b=true"), (None, "")]
+)
+def test_the_flags_of_the_programs_with_flags_of_their_own_are_recorded(monkeypatch, options, flags):
+    monkeypatch.setattr(lbfgs, "COMPILER_OPTIONS", options)
+    made_with = directory.versions("jxfer")
+    assert made_with["xla_flags_of_paths"] == flags
+    assert made_with["xla_flags"] == os.environ.get("XLA_FLAGS", "")
 
 
 def test_plans_of_several_workers_are_kept_together(tmp_path):

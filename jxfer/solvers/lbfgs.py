@@ -26,7 +26,10 @@ MEMORY = 8
 LONG = 50
 """Evaluations after which the rounding of as many updates of the logits is to be looked at: 50 × 6e-8 of their size."""
 
-_jit = functools.partial(jax.jit, compiler_options=quick_to_compile())
+COMPILER_OPTIONS = quick_to_compile()
+"""What the programs here are compiled with beyond `XLA_FLAGS`; recorded with the results."""
+
+_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
 class Data(NamedTuple):
