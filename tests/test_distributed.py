@@ -12,16 +12,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import processes
 import pytest
 import runs
+from flax import nnx
+from networks import make_batch
 from processes import Ended
 
 from jxfer import checkpoint, damage, distributed, sharding
 from jxfer.checkpoint import Checkpoints
 from jxfer.config import MeshConfig
 from jxfer.distributed import Place, find_place
-from jxfer.partition import fingerprint
+from jxfer.models.vit import ViT, ViTConfig
+from jxfer.objectives import classification
+from jxfer.partition import Partition, fingerprint
+from jxfer.state import init_state, place_state
+from jxfer.step import make_train_step
 from jxfer.typing import InputError
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -201,6 +208,14 @@ MESHES = {
     "model": (MeshConfig(model=8), [("wide", "None,model"), ("**", "replicated")]),
 }
 
+
+def tensor(rule: str, **sizes: int) -> MeshConfig:
+    rules = (("**", rule),)
+    return MeshConfig(trainable=rules, frozen=rules, **sizes)
+
+
+TENSOR = {"tensor": tensor("tensor", model=8), "tensor+fsdp": tensor("tensor+fsdp", model=4, fsdp=2)}
+
 LIBRARY = """
 import json, sys
 from pathlib import Path
@@ -234,9 +249,23 @@ def prints(state: Any) -> dict[str, str]:
     return fingerprint(flat)
 
 
+def trained(config: MeshConfig, devices=None) -> tuple[list[float], Any, Any]:
+    """Returns the losses of three steps of a small transformer, the state after them, and the mesh."""
+    mesh = sharding.make_mesh(config, devices=devices)
+    model = ViT(ViTConfig(4, 32, 1, 8, 64), input_shape=(8, 8, 1), num_classes=5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    start = init_state(model, Partition.of(model, [("**", "all")]), optax.sgd(0.1, momentum=0.9))
+    state, fixed = place_state(*start, mesh, config)
+    train_step, own, losses = make_train_step(classification()), sharding.share_of(mesh, 8), []
+    for seed in range(3):
+        batch = own.put({name: np.asarray(value)[own.rows] for name, value in make_batch(8, seed=seed).items()})
+        state, metrics = train_step(state, fixed, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, state, mesh
+
+
 def of_two_processes(folder: Path) -> dict[str, Any]:
     """What one of two processes with four devices each finds."""
-    found: dict[str, Any] = {"prints": {}, "restored": {}, "shares": {}}
+    found: dict[str, Any] = {"prints": {}, "restored": {}, "shares": {}, "losses": {}, "split": {}}
     for name in MESHES:
         mesh, state = placed(name)
         found["prints"][name] = prints(state)
@@ -248,6 +277,13 @@ def of_two_processes(folder: Path) -> dict[str, Any]:
         found["shares"][f"{name} usual"] = share(mesh)
         backwards = sharding.make_mesh(MESHES[name][0], devices=jax.devices()[::-1])
         found["shares"][f"{name} reversed"] = share(backwards)
+    for name, config in TENSOR.items():
+        found["losses"][name], moved, mesh = trained(config)
+        with Checkpoints(folder / f"trained-{name}") as checkpoints:
+            checkpoints.save(3, moved, extra={})
+        together = {device.process_index for device in mesh.devices[0, 0]}
+        shard = moved.params["blocks/0/mlp/up/kernel"].addressable_shards[0]
+        found["split"][name] = [len(together), *shard.data.shape]
     checkpoint.save_arrays(folder / "weights", {**state["params"], "host": np.arange(3.0)}, metadata={"classes": []})
     found["gathered"] = distributed.gather(distributed.index())
     found["said"] = distributed.on_main(lambda: f"process {distributed.index()}")
@@ -302,6 +338,24 @@ def test_the_weights_of_a_run_of_two_processes_are_whole(pair):
         **{path: np.asarray(value).tolist() for path, value in make_state()["params"].items()},
         "host": [0, 1, 2],
     }
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[list[float], Any, Any]:
+    return trained(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(("name", "split"), [("tensor", [2, 32, 8]), ("tensor+fsdp", [1, 16, 16])])
+def test_two_processes_train_a_transformer_that_the_model_axis_splits_as_one_device_does(pair, alone, name, split):
+    losses, state, _ = alone
+    for found in pair[1]:
+        assert found["split"][name] == split, "over so many processes, and each device's part of a kernel"
+        assert found["losses"][name] == pytest.approx(losses, rel=1e-5)
+    with Checkpoints(pair[0] / f"trained-{name}") as checkpoints:
+        restored, _ = checkpoints.restore(state)
+    assert restored.params.keys() == state.params.keys()
+    for path, value in state.params.items():
+        np.testing.assert_allclose(restored.params[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("name", ["two-fsdp/1", "weights"])
