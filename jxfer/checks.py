@@ -100,6 +100,7 @@ _RANGES: dict[type, dict[str, _Range]] = {
         "label_smoothing": _BELOW_1,
         "penalty_weight": _NOT_NEGATIVE,
         "head_seed": _NOT_NEGATIVE,
+        "adapter_scale": _POSITIVE,
         "samples": _AT_LEAST_1,
         "population": _AT_LEAST_1,
     },

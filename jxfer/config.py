@@ -193,6 +193,8 @@ class SearchConfig:
     """Of the methods that have penalties."""
     head_seed: tuple[int, ...] = ()
     """Seeds of the random weights of new heads."""
+    adapter_scale: tuple[float, ...] = ()
+    """Of the methods that have adapters."""
     samples: int | None = None
     """Random search with this budget: so many settings, each number drawn between the smallest and the largest value
     given, log-uniformly where all are positive."""

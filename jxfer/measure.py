@@ -17,6 +17,7 @@ from jxfer.partition import FROZEN, Partition, arrays_of, fingerprint
 from jxfer.phase import evaluate_model
 from jxfer.search import Job, Outcome
 from jxfer.source import Source, base_record, delta
+from jxfer.surgery.lora import merged
 from jxfer.task import Task, load_data, source_model
 from jxfer.typing import InputError, Proceed, always
 
@@ -102,7 +103,8 @@ def source_metrics(
     """
     if source is None or source.data is None or not source.classes:
         return None
-    own = {path: value for path, value in arrays_of(chosen.model).items() if not path.startswith("head/")}
+    backbone = merged(arrays_of(chosen.model))
+    own = {path: value for path, value in backbone.items() if not path.startswith("head/")}
     head = {path: value for path, value in source.arrays.items() if path.startswith("head/")}
     # A hash of them all, because every backbone that was trained stays here.
     digest = hashlib.sha256(repr(sorted(fingerprint({**own, **head}).items())).encode()).hexdigest()

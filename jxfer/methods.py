@@ -9,6 +9,7 @@ from jxfer.solvers.neighbours import NearestNeighbours
 from jxfer.solvers.ridge import RidgePath
 from jxfer.solvers.selection import SelectedLogistic
 from jxfer.surgery.head import KeepRows, MLPHead, NewHead
+from jxfer.surgery.lora import LoRA
 from jxfer.surgery.neighbours import NeighbourVotes
 from jxfer.surgery.taps import TapHead
 
@@ -137,6 +138,15 @@ l2_sp = Method(
     phases=(Phase("tune", train=ALL),),
 )
 
+# Hu et al. 2021, arXiv:2106.09685.
+lora = Method(
+    name="lora",
+    summary="a low-rank update beside every layer and a new head train, the source is frozen under them",
+    rules=(("head/**", "head"), ("**/lora/**", "lora"), ("**", "frozen")),
+    surgeries=(NewHead(), LoRA()),
+    phases=(Phase("tune", train=("head", "lora")),),
+)
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -156,5 +166,6 @@ METHODS: dict[str, Method] = {
         partial,
         lp_ft,
         l2_sp,
+        lora,
     )
 }

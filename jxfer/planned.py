@@ -46,7 +46,7 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
         for i in range(len(method.phases))
     ]
     planned: list[PlannedPhase] = []
-    moved: frozenset[str] = frozenset()
+    moved = _begin_apart(experiment, method, model)
     for phase, start, end in zip(method.phases, [0, *ends], ends, strict=False):
         partition = _phase_partition(method, phase, model, rules, layers)
         boundary = frozen_boundary(partition, stages)
@@ -56,6 +56,15 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
         planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why, first, apart))
         moved |= {leaf.path for leaf in partition.leaves if leaf.moves and leaf.kind != "random"}
     return tuple(planned)
+
+
+def _begin_apart(experiment: Experiment, method: Method, model: nnx.Module) -> frozenset[str]:
+    """Returns the paths in which the variants of a search may differ before anything has trained."""
+    if not (experiment.search.head_seed or experiment.search.adapter_scale):
+        return frozenset()
+    fresh = [pattern for surgery in method.surgeries for pattern in surgery.fresh]
+    leaves = Partition.of(model, [("**", FROZEN)]).leaves
+    return frozenset(leaf.path for leaf in leaves if any(paths.match(leaf.path, pattern) for pattern in fresh))
 
 
 def _first_trained(partition: Partition, stages: tuple[str, ...]) -> str | None:

@@ -143,19 +143,26 @@ def _start_models(
 ) -> list[Candidate]:
     """Makes the model that each variant starts from, once for all that start from the same."""
 
+    first = contexts[0]
+
     @functools.cache
-    def start(seed: int) -> Lazy:
-        return Lazy(functools.partial(_start_model, contexts[0], task, source, seed))
+    def start(surgeries: tuple[Any, ...], seed: int) -> Lazy:
+        return Lazy(functools.partial(_start_model, first, surgeries, task, source, seed))
 
-    seeds = [contexts[0].seed if variant.head_seed is None else variant.head_seed for variant in searched]
-    return [Candidate(context, start(seed)) for context, seed in zip(contexts, seeds, strict=True)]
+    seeds = [first.seed if variant.head_seed is None else variant.head_seed for variant in searched]
+    return [
+        Candidate(context, start(context.method.surgeries, seed)) for context, seed in zip(contexts, seeds, strict=True)
+    ]
 
 
-def _start_model(context: Context, task: Task, source: Source | None, head_seed: int) -> nnx.Module:
+def _start_model(
+    context: Context, surgeries: tuple[Any, ...], task: Task, source: Source | None, head_seed: int
+) -> nnx.Module:
     model = nnx.merge(*_base_model(context.experiment.model, context.method, task, context.seed))
     own = arrays_of(model)
     arrays = {**{path: own[path] for path in source.fresh}, **source.arrays} if source else None
-    return target_model(model, context.method, task, source=arrays, seed=head_seed)
+    method = dataclasses.replace(context.method, surgeries=surgeries)
+    return target_model(model, method, task, source=arrays, seed=head_seed)
 
 
 def _train_phase(

@@ -29,12 +29,10 @@ _TENSOR = {"tensor": "replicated", "tensor+fsdp": "fsdp"}
 all that the `model` axis does not split."""
 
 _LEAVES = r"(?:.*/)?(?:{layers})/(?:{names})"
-_COLUMNS = re.compile(
-    _LEAVES.format(layers="attention/(?:query|key|value)|mlp/up", names="kernel|bias|(?:lora/)?lora_b")
-)
+_COLUMNS = re.compile(_LEAVES.format(layers="attention/(?:query|key|value)|mlp/up", names="kernel|bias|lora/up/kernel"))
 """Leaves whose outputs are split: each device computes some heads, or some hidden features, from all inputs."""
 
-_ROWS = re.compile(_LEAVES.format(layers="attention/out|mlp/down", names="kernel|(?:lora/)?lora_a"))
+_ROWS = re.compile(_LEAVES.format(layers="attention/out|mlp/down", names="kernel|lora/down/kernel"))
 """Leaves whose inputs are split: each device adds up over its own, and one all-reduce adds up over the devices."""
 
 

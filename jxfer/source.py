@@ -15,6 +15,7 @@ from jxfer.config import DataConfig, Experiment, FrozenDType, ModelConfig, Sourc
 from jxfer.known import RUN, known_of, namings_for, open_weights, run_directory, which_run
 from jxfer.rounding import rounded
 from jxfer.surgery.head import MLPHead, linear_head
+from jxfer.surgery.lora import merged
 from jxfer.surgery.neighbours import NeighbourVotes
 from jxfer.surgery.taps import TapHead
 from jxfer.typing import Arrays, Input, InputError, Surgery
@@ -47,7 +48,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """What a finished run left: its model's arrays, and how to build and feed the model."""
+    """What a finished run left: its model's arrays, adapters merged, and how to build and feed the model."""
 
     arrays: dict[str, np.ndarray]
     model: ModelConfig
@@ -131,8 +132,8 @@ def load_source(directory: Path) -> Source:
     """
     arrays, metadata = _final(directory)
     trained_on = from_dict(DataConfig, metadata["data"]) if "data" in metadata else None
-    weights_hash = checkpoint.weights_hash(arrays)
-    return Source(arrays, tuple(metadata["classes"]), weights_hash, directory=directory, data=trained_on)
+    weights_hash = checkpoint.weights_hash(arrays)  # of what the files hold, adapters apart
+    return Source(merged(arrays), tuple(metadata["classes"]), weights_hash, directory=directory, data=trained_on)
 
 
 def load_run(directory: Path, *, base: Source | None = None) -> FinishedRun:
@@ -149,7 +150,7 @@ def load_run(directory: Path, *, base: Source | None = None) -> FinishedRun:
     if "model" not in metadata:
         raise InputError(f"'{directory}' does not say of which model its weights are; run it again with this version")
     return FinishedRun(
-        arrays,
+        merged(arrays),
         from_dict(ModelConfig, metadata["model"]),
         tuple(metadata["classes"]),
         metadata.get("input", "image"),

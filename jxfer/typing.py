@@ -85,7 +85,7 @@ class Surgery(Protocol):
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        """Patterns of the source's parameters that this surgery replaces, so that they need not fit."""
+        """Patterns of the parameters that this surgery brings: of the same in the source none need fit."""
         ...
 
     def __call__(

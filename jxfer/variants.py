@@ -27,7 +27,7 @@ class Variant:
     name: str
     train: TrainConfig
     method: Method
-    """With the variant's penalty weight."""
+    """With the variant's penalty weight and adapter scale."""
     head_seed: int | None = None
     """Of the random weights that surgeries bring; None is the run's own seed."""
 
@@ -56,8 +56,8 @@ class PlannedPopulation:
 def variants(experiment: Experiment, method: Method) -> tuple[Variant, ...]:
     """Returns what the search tries for a method: each combination of its values, or as many random ones as it says.
 
-    What a method has nothing of is not varied: penalty weights without penalties, and nothing at all where no
-    parameter takes steps. A random search draws the same settings for every method.
+    What a method has nothing of is not varied: penalty weights without penalties, adapter scales without adapters, and
+    nothing at all where no parameter takes steps. A random search draws the same settings for every method.
 
     Raises:
       InputError: a penalty weight is searched, and a penalty of the method has none.
@@ -67,6 +67,8 @@ def variants(experiment: Experiment, method: Method) -> tuple[Variant, ...]:
     tried = {name: values for name, values in tried.items() if values}
     if not method.penalties:
         tried.pop("penalty_weight", None)
+    if not any(hasattr(surgery, "adapter_scale") for surgery in method.surgeries):
+        tried.pop("adapter_scale", None)
     if not tried:
         return (Variant("default", experiment.train, method),)
     settings = _grid(tried) if experiment.search.samples is None else _random(tried, experiment.search)
@@ -74,7 +76,7 @@ def variants(experiment: Experiment, method: Method) -> tuple[Variant, ...]:
     return tuple({variant.name: variant for variant in found}.values())
 
 
-SEARCHED = ("learning_rate", "weight_decay", "label_smoothing", "penalty_weight", "head_seed")
+SEARCHED = ("learning_rate", "weight_decay", "label_smoothing", "penalty_weight", "head_seed", "adapter_scale")
 """The fields of `SearchConfig` that hold values to try."""
 
 
@@ -84,16 +86,18 @@ def why_not_together(partition: Partition, boundary: str | None, moved_before: f
     Args:
       partition: of the phase.
       boundary: its frozen boundary.
-      moved_before: paths that earlier phases trained, so that variants differ in them.
+      moved_before: paths in which variants differ, as they begin so or earlier phases trained them.
     """
     trainable = partition.trainable
     if not trainable:
         return "nothing takes steps"
     if boundary is None and partition.params_trainable > partition.params_total / 2:
         return "most parameters train, so that little could be shared"
-    if kernels := [leaf.path for leaf in trainable if len(leaf.shape) >= _CONVOLUTION_NDIM]:
-        # Measured on a CPU: gradients of stacked 3×3 kernels take 3 to 5 times as long as one after the other.
-        return f"convolutions such as `{kernels[0]}` are faster one after the other"
+    kernels = [leaf for leaf in trainable if len(leaf.shape) >= _CONVOLUTION_NDIM]
+    if sum(leaf.count for leaf in kernels) > partition.params_trainable / 2:
+        # Measured on a CPU: gradients of stacked 3×3 kernels take 3 to 5 times as long as one after the other. The
+        # patches of a vision transformer are a convolution too, but hardly any of the work.
+        return f"convolutions such as `{kernels[0].path}` are faster one after the other"
     moves = {leaf.path for leaf in partition.leaves if leaf.moves}
     if differing := sorted(moved_before - moves):
         return f"they differ in what is frozen now, such as `{differing[0]}`"
@@ -157,7 +161,14 @@ def _variant(experiment: Experiment, method: Method, values: Mapping[str, Any]) 
     if "penalty_weight" in values:
         penalties = tuple(_weighted(penalty, values["penalty_weight"], method.name) for penalty in method.penalties)
         method = dataclasses.replace(method, penalties=penalties)
+    if "adapter_scale" in values:
+        surgeries = tuple(_scaled(surgery, values["adapter_scale"]) for surgery in method.surgeries)
+        method = dataclasses.replace(method, surgeries=surgeries)
     return Variant(name, train, method, values.get("head_seed"))
+
+
+def _scaled(surgery: Any, scale: float) -> Any:
+    return dataclasses.replace(surgery, adapter_scale=scale) if hasattr(surgery, "adapter_scale") else surgery
 
 
 def _weighted(penalty: Any, weight: float, method: str) -> Any:

@@ -36,8 +36,10 @@ TABLE = {
     "partial": (["last"], NEW),
     "lp_ft": (["head", "all"], NEW),
     "l2_sp": (["all"], NEW),
+    "lora": (["updates"], NEW),
 }
-"""Method -> what trains in each of its phases (`last`: the last stage and the head), and the head it begins with."""
+"""Method -> what trains in each of its phases (`last`: the last stage and the head;
+`updates`: those and the head), and the head it begins with."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +66,14 @@ def moving_stages(kind: str, name: str, model) -> set[str]:
     return {"all": stages, "head": {"head"}, "last": {"head", tiny.LAST_STAGE[name]}}[kind]
 
 
+def should_move(leaf, kind: str, name: str, model) -> bool:
+    if kind == "statistics":
+        return leaf.kind == "statistic"
+    if kind == "updates":
+        return leaf.kind == "random" or "/lora/" in leaf.path or leaf.path.startswith("head/")
+    return leaf.path.split("/")[0] in moving_stages(kind, name, model)
+
+
 def test_the_table_is_of_all_methods_under_their_names():
     assert set(TABLE) == set(METHODS)
     for name, method in METHODS.items():
@@ -82,12 +92,7 @@ def test_what_trains_is_what_the_table_says(name, method_name):
     assert sum(phase.num_steps for phase in planned) == (6 if stepping else 0)
     for phase, kind in zip(planned, expected, strict=True):
         for leaf in phase.partition.leaves:
-            moves = (
-                leaf.kind == "statistic"
-                if kind == "statistics"
-                else leaf.path.split("/")[0] in moving_stages(kind, name, model)
-            )
-            assert (leaf.label != FROZEN) == moves, leaf.path
+            assert (leaf.label != FROZEN) == should_move(leaf, kind, name, model), leaf.path
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)

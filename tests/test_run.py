@@ -37,8 +37,9 @@ TRAINS = {
     "partial": ("head/", "LAST/"),
     "lp_ft": ("",),
     "l2_sp": ("",),
+    "lora": ("head/", "**/lora/"),
 }
-"""Method -> what the paths of the parameters that train begin with."""
+"""Method -> what the paths of the parameters that train begin with, or have in them."""
 
 LAST_STAGES = {
     "tiny_convnet": "layer2",
@@ -104,7 +105,12 @@ def run_method(
 
 
 def is_parameter(path: str) -> bool:
-    return path.rsplit("/", 1)[-1] in ("kernel", "bias", "scale", "bank")
+    return path.rsplit("/", 1)[-1] in ("kernel", "bias", "scale", "bank") and not path.endswith("lora/scale")
+
+
+def is_in(path: str, places: tuple[str, ...]) -> bool:
+    """Tells whether a path begins with one of some prefixes, or has in it what follows a `**`."""
+    return any(path.startswith(each) or (each.startswith("**") and each[2:] in path) for each in places)
 
 
 def check_fields(row: dict[str, Any]) -> None:
@@ -128,7 +134,7 @@ def test_every_method_runs_on_every_kind_of_model(experiment, sources, tmp_path,
     assert (row["status"], row["error"], row["method"], row["model"]) == ("ok", None, method, model)
     check_fields(row)
     starts = tuple(start.replace("LAST", LAST_STAGES[model]) for start in TRAINS[method])
-    trains = {path for path in arrays if is_parameter(path) and path.startswith(starts)}
+    trains = {path for path in arrays if is_parameter(path) and is_in(path, starts)}
     assert row["params_total"] == sum(arrays[path].size for path in arrays if is_parameter(path))
     assert row["params_trainable"] == sum(arrays[path].size for path in trains)
     assert row["audit"]["frozen_unchanged"]
@@ -151,7 +157,7 @@ def check_that_only_what_trains_moved(
             continue
         moved = not np.array_equal(arrays[path], source[path])
         statistic = row["method"] == "norm_statistics" and not is_parameter(path)
-        assert moved == (statistic or path.startswith(starts or ("none",))), path
+        assert moved == (statistic or is_in(path, starts)), path
 
 
 def check_predictions(row: dict[str, Any], path: Path) -> None:

@@ -137,10 +137,10 @@ def test_what_the_model_axis_leaves_whole_may_be_split_by_fsdp():
 
 def test_an_adapter_is_split_on_the_side_on_which_its_layer_is():
     adapters = {
-        "blocks/0/attention/query/lora/lora_a": (DIM, 2),
-        "blocks/0/attention/query/lora/lora_b": (2, DIM),
-        "blocks/0/mlp/down/lora_a": (MLP, 2),
-        "blocks/0/mlp/down/lora_b": (2, DIM),
+        "blocks/0/attention/query/lora/down/kernel": (DIM, 2),
+        "blocks/0/attention/query/lora/up/kernel": (2, DIM),
+        "blocks/0/mlp/down/lora/down/kernel": (MLP, 2),
+        "blocks/0/mlp/down/lora/up/kernel": (2, DIM),
     }
     specs = specs_of(tensor(model=4), **adapters)
     assert [specs[path] for path in adapters] == [P(), P(None, "model"), P("model", None), P()]
