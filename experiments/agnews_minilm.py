@@ -50,7 +50,7 @@ experiment = Experiment(
     model=ModelConfig("auto"),
     train=TrainConfig(num_steps=50, batch_size=16, warmup_steps=5, eval_every=25),
     search=SearchConfig(learning_rate=(3e-4, 1e-2)),
-    methods=(by_description, methods.linear_probe, methods.fine_tuning),
+    methods=(by_description, methods.linear_probe, methods.lora, methods.fine_tuning),
     shots=(8, 32, 128),
     seeds=3,
 )

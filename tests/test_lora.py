@@ -383,7 +383,7 @@ def test_peft_computes_and_merges_the_same():
         x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
         features = torch.relu(module[0](torch.from_numpy(x))).mean((2, 3))
         expected = module[2](features).numpy()
-        found = ours.layers[2](nnx.relu(ours.layers[0](x.transpose(0, 2, 3, 1))).mean((1, 2)))
+        found = ours.layers[2](nnx.relu(ours.layers[0](jnp.asarray(x.transpose(0, 2, 3, 1)))).mean((1, 2)))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
         whole, plain = merged(arrays), wrapped.merge_and_unload()
         for index in (0, 2):
