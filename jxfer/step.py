@@ -93,7 +93,8 @@ def make_train_step(
       apply: runs the model on a batch.
       prepare: augmentation and normalisation, on the device; None takes batches as they are.
       penalties: functions of the trainable parameters and the reference, added to the loss.
-      num_microbatches: parts, of equal size, whose gradients are added up before the update.
+      num_microbatches: parts, of equal size, whose gradients are added up before the update. Where several devices
+        share the batch, the gradients of each part are summed over them: N parts move N times as many bytes.
       ema_decay: of the average of the trainable parameters; the state must have been made with `ema=True`.
       skip_non_finite: whether a step whose loss or gradient norm is not finite leaves all but the count of steps as it
         was, bit for bit; the state must have been made with `skips=True`. Its sums in `metrics` are 0, and `skipped`
@@ -315,7 +316,8 @@ def _gather(state: TrainState, definition: Definition) -> Gather:
     """Returns what puts the parameters together that `fsdp` splits; what `model` splits stays so.
 
     Left alone, XLA may split a transformer's activations in the backward pass as the parameters are, and then moves
-    the activations of the whole batch instead of the parameters.
+    the activations of the whole batch instead of the parameters. Every microbatch asks for it, and XLA
+    (jax 0.10.2, CPU) moves it out of their loop: a step gathers once, and holds the whole parameters all the while.
     """
     if not definition.shardings:
         return dict

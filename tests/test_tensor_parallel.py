@@ -157,25 +157,45 @@ def test_a_block_has_two_all_reduces_and_no_weight_is_gathered(kind):
 
 def test_with_fsdp_only_the_fsdp_axis_is_gathered():
     program = forward_program("vit", tensor(model=2, fsdp=2))
-    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", program)
-    assert gathered
     whole = {f"{DIM},{DIM}", f"{DIM},{MLP}", f"{MLP},{DIM}"}
-    assert not whole.intersection(gathered)
+    assert gathered(program)
+    assert not whole.intersection(gathered(program))
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])
 def test_a_step_under_fsdp_gathers_each_parameter_once_and_no_activation(kind):
+    program, split = fsdp_program(kind)
+    assert gathered(program) == split
+    assert not re.findall(r"all-to-all|collective-permute", program)
+
+
+def test_microbatches_gather_each_parameter_once_too_and_add_up_over_the_devices_each():
+    jax.config.update("jax_disable_most_optimizations", False)  # of which one moves the gathering out of the loop
+    try:
+        program, split = fsdp_program("vit", num_microbatches=2)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    loop, entry = program.split("\nENTRY ")
+    assert gathered(entry) == split
+    assert not gathered(loop)
+    assert re.findall(r" all-reduce(?:-start)?\(", loop)
+
+
+def fsdp_program(kind: str, *, num_microbatches: int = 1) -> tuple[str, list[str]]:
+    """Returns the compiled training step over four devices, and the shapes of the parameters that they split."""
     config = MeshConfig(fsdp=4)
-    mesh, model = sharding.make_mesh(config), build(kind)
+    mesh, model = sharding.make_mesh(config, devices=jax.devices()[:4]), build(kind)
     partition = Partition.of(model, ALL)
     started = init_state(model, partition, optim.optimizer(TRAIN, partition, num_steps=3))
     state, fixed = place_state(*started, mesh, config)
-    step = make_train_step(classification()).lower(state, fixed, sharding.put_batch(batch_of(kind, 0), mesh)).compile()
-    program = step.as_text()
-    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", program)
+    step = make_train_step(classification(), num_microbatches=num_microbatches)
+    program = step.lower(state, fixed, sharding.put_batch(batch_of(kind, 0), mesh)).compile().as_text()
     split = [value for value in state.params.values() if not value.sharding.is_fully_replicated]
-    assert sorted(gathered) == sorted(",".join(map(str, value.shape)) for value in split)
-    assert not re.findall(r"all-to-all|collective-permute", program)
+    return program, sorted(",".join(map(str, value.shape)) for value in split)
+
+
+def gathered(program: str) -> list[str]:
+    return sorted(re.findall(r"= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", program))
 
 
 def forward_program(kind: str, config: MeshConfig) -> str:
