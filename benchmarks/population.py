@@ -6,8 +6,9 @@ First whole runs, from the subset that is drawn to the row of results: a linear
 probe with 64 learning rates on stored features of handwritten digits, as a population and one variant after the other.
 Then the steps alone: 64 linear heads with 64 learning rates and decays train with AdamW on the same 512 features: as
 one population; each in a loop of jxfer's own step; each in a loop written by hand that scans its steps inside one
-program; and each in a loop of PyTorch, if it is installed. Batches lie on the device in all four. Last the
-floating-point operations of 8 heads over an online backbone, against one.
+program; and each in a loop of PyTorch, if it is installed. Batches lie on the device in all four. Then the steps of 8
+low-rank updates of a vision transformer. Last the floating-point operations of 8 heads over an online backbone, against
+one.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, Sour
 from jxfer.cost import cost_of
 from jxfer.known import resolve
 from jxfer.loop import Session
-from jxfer.methods import linear_probe
+from jxfer.methods import linear_probe, lora
 from jxfer.objectives import classification
 from jxfer.partition import Partition
 from jxfer.planned import plan_phases
@@ -43,9 +44,11 @@ from jxfer.task import Task, base_model, target_model
 from jxfer.typing import Batch
 
 NUM_FEATURES = 512
+_ADAPTER_STEPS = 3
 POPULATION, STEPS_BY_JXFER = "jxfer, one population", "jxfer, one after the other"
 SCANS, TORCH = "by hand, one lax.scan after the other", "PyTorch, one after the other"
 RUN_TOGETHER, RUN_APART = "run of one population", "run of one variant after the other"
+ADAPTERS, ADAPTERS_APART = "steps of one population", "steps of one variant after the other"
 LIMITS = {RUN_APART: 25.0, STEPS_BY_JXFER: 25.0, SCANS: 10.0}
 """How many times as long each must take at least."""
 
@@ -62,6 +65,10 @@ class Setting:
 
 FULL = (Setting(10, 64, 200), Setting(10, 1024, 50), Setting(2, 256, 100))
 QUICK = (Setting(3, 16, 3, num_heads=4),)
+
+
+_VIT = (("patch_size", "4"), ("num_layers", "4"))
+_SMALL_VIT = (("patch_size", "8"), ("num_layers", "1"), ("hidden_dim", "32"), ("num_heads", "2"), ("mlp_dim", "64"))
 
 
 class Head(nnx.Module):
@@ -85,6 +92,7 @@ def main(arguments: list[str] | None = None) -> dict[Setting, dict[str, Ratio]]:
     rounds = options.rounds or (1 if options.quick else 5)
     _compare_runs(*((4, 5, 1) if options.quick else (64, 200, 1)))
     ratios = {setting: _compare(setting, rounds) for setting in (QUICK if options.quick else FULL)}
+    _compare_adapters(*((_SMALL_VIT, 2, 1) if options.quick else (_VIT, 8, rounds)))
     _print_flops("convnet" if options.quick else "resnet18_32")
     return ratios
 
@@ -159,6 +167,43 @@ def _compare_runs(num_variants: int, num_steps: int, rounds: int) -> dict[str, R
         seconds = interleave({RUN_TOGETHER: way(None), RUN_APART: way(1)}, rounds=rounds)
     what = f"a linear probe with {num_variants} learning rates, {num_steps} steps of {train.batch_size}, whole runs"
     return _print_times(what, RUN_TOGETHER, rounds, seconds)
+
+
+def _compare_adapters(size: tuple[tuple[str, str], ...], num_variants: int, rounds: int) -> dict[str, Ratio]:
+    rates = tuple(10.0 ** -(2 + index / num_variants) for index in range(num_variants))
+    model, train = ModelConfig("vit_ti_16", size=size), TrainConfig(batch_size=32)
+    experiment = Experiment("adapters", model=model, train=train, search=SearchConfig(learning_rate=rates))
+    task = Task(tuple("abc"), tuple("abcdefghij"), (32, 32, 3))
+    network = target_model(base_model(model, lora, task, seed=0), lora, task, source=None, seed=0)
+    (planned,) = plan_phases(experiment, lora, network)
+    assert planned.apart is None, planned.apart
+    rng, key = np.random.default_rng(0), jax.random.key(0)
+    images = rng.integers(0, 256, (train.batch_size, *task.input_shape)).astype(np.uint8)
+    batch = jax.device_put({"image": images, "label": np.arange(train.batch_size) % 10})
+    searched = plan.variants(experiment, lora)
+    one, _ = plan.phase_steps(experiment, lora, planned, 10)
+    together, _ = plan.phase_steps(experiment, lora, planned, 10, plan.POPULATION)
+
+    def population() -> list[jax.Array]:
+        population, fixed = plan.start_population(searched, planned, [network] * num_variants, key=key)
+        for _ in range(_ADAPTER_STEPS):
+            population, metrics = together(population, fixed, batch)
+        return list(jax.block_until_ready(metrics["loss"]))
+
+    def apart() -> list[jax.Array]:
+        losses = []
+        for variant in searched:
+            own = dataclasses.replace(experiment, train=variant.train)
+            state, fixed = plan.start_phase(own, lora, planned, network, key=key)
+            for _ in range(_ADAPTER_STEPS):
+                state, metrics = one(state, fixed, batch)
+            losses.append(metrics["loss"])
+        return jax.block_until_ready(losses)
+
+    np.testing.assert_allclose(population(), apart(), rtol=1e-3)  # they must be doing the same
+    seconds = interleave({ADAPTERS: population, ADAPTERS_APART: apart}, rounds=rounds)
+    what = f"{num_variants} low-rank updates of {model.name} {dict(size)} at 32×32, {_ADAPTER_STEPS} steps of 32"
+    return _print_times(what, ADAPTERS, rounds, seconds)
 
 
 def _print_times(what: str, first: str, rounds: int, seconds: dict[str, np.ndarray]) -> dict[str, Ratio]:
