@@ -22,6 +22,7 @@ from jxfer.objectives import classification
 from jxfer.partition import Partition, arrays_of
 from jxfer.planned import PlannedPhase, plan_phases
 from jxfer.saving import with_saving
+from jxfer.sharding import part_of
 from jxfer.source import check_source
 from jxfer.state import Fixed, Population, TrainState, hold_frozen, init_population, init_state
 from jxfer.statement import Plan
@@ -205,6 +206,8 @@ def _activations(
     num_shards = max(1, jax.device_count() // experiment.mesh.model)  # the other axes of the mesh divide the batch
     num_rows = math.ceil(train.batch_size / (num_shards * train.num_microbatches))
     part = dataclasses.replace(experiment, train=dataclasses.replace(train, batch_size=num_rows))
+    model, partition = part_of(model, planned.partition, experiment.mesh)
+    planned = dataclasses.replace(planned, partition=partition)
     batch = abstract_batch(part, planned, model, task)
     if not planned.stored:
         prepare = prepare_images(experiment, len(task.target_classes), train=True)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jxfer import distributed
 from jxfer.config import MeshConfig
-from jxfer.partition import FROZEN, Partition
+from jxfer.partition import FROZEN, Partition, arrays_of
 from jxfer.paths import match, match_rules
 from jxfer.typing import Batch, HostBatch, InputError, Path, PyTree, Rules
 
@@ -104,6 +104,26 @@ def check_heads(model: nnx.Module, rules: Rules, num_parts: int) -> None:
             raise InputError(
                 f"`{value}` for `{path}`: mesh.model={num_parts} does not divide its {num_heads} heads; use {choices}"
             )
+
+
+def part_of(model: nnx.Module, partition: Partition, config: MeshConfig) -> tuple[nnx.Module, Partition]:
+    """Returns what one device computes of a model whose blocks `tensor` splits, as shapes, and the partition of that.
+
+    Attention then has a part of the heads, and the network of two layers a part of the features between them. Where the
+    rules split only some of the layers of either, it stays whole. The model has passed `check_placement`.
+    """
+    split = _split_leaves(partition, config)
+    if not split:
+        return model, partition
+    copy = nnx.merge(*nnx.split(model))
+    module: Any
+    for keys, module in nnx.iter_modules(copy):
+        if "/".join(map(str, (*keys, "query/kernel"))) in split:
+            module.num_heads //= config.model
+    leaves = tuple(dataclasses.replace(leaf, shape=split.get(leaf.path, leaf.shape)) for leaf in partition.leaves)
+    own, part = arrays_of(model), dataclasses.replace(partition, leaves=leaves)
+    arrays = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, own[leaf.path].dtype) for leaf in leaves}
+    return part.assemble(nnx.graphdef(copy), arrays), part
 
 
 def state_shardings(state: PyTree, specs: Mapping[Path, NamedSharding], mesh: Mesh) -> PyTree:
@@ -280,6 +300,24 @@ def _tensor_spec(path: Path, shape: tuple[int, ...], value: str, mesh: Mesh | Ab
         )
     axes = ["model" if axis == split else None for axis in range(len(shape))]
     return _fsdp_spec(shape, mesh.shape["fsdp"] if _TENSOR[value] == "fsdp" else 1, axes)
+
+
+def _split_leaves(partition: Partition, config: MeshConfig) -> dict[Path, tuple[int, ...]]:
+    """Returns the shape on each device of what `tensor` splits in layers that it splits as a whole."""
+    leaves = {leaf.path: leaf for leaf in partition.leaves if leaf.kind == "parameter"}
+    trainable, frozen = (match_rules(leaves, rules) for rules in (config.trainable, config.frozen))
+    axes = {path: axis for path, leaf in leaves.items() if (axis := _tensor_axis(path, leaf.shape)) is not None}
+    split = {path for path in axes if (trainable if leaves[path].moves else frozen)[path] in _TENSOR}
+    whole = {_layer(path) for path in axes.keys() - split}
+    shapes = {path: list(leaves[path].shape) for path in split if config.model > 1 and _layer(path) not in whole}
+    for path, shape in shapes.items():
+        shape[axes[path]] //= config.model
+    return {path: tuple(shape) for path, shape in shapes.items()}
+
+
+def _layer(path: Path) -> Path:
+    """Returns the attention or the network of two layers that a leaf of `_tensor_axis` is of."""
+    return str(re.findall(r".*(?:attention|mlp)(?=/)", path)[0])
 
 
 def _tensor_axis(path: Path, shape: tuple[int, ...]) -> int | None:

@@ -10,15 +10,17 @@ import pytest
 import test_remat
 from flax import nnx
 
+from jxfer import sharding
 from jxfer.activations import activations_of
 from jxfer.config import Experiment, MeshConfig, ModelConfig, TrainConfig
-from jxfer.methods import fine_tuning, linear_probe
+from jxfer.methods import fine_tuning, linear_probe, scratch
 from jxfer.objectives import classification
 from jxfer.partition import Partition
-from jxfer.plan import plan_method
-from jxfer.state import init_state
+from jxfer.plan import _activations, phase_steps, plan_method, start_phase
+from jxfer.planned import plan_phases
+from jxfer.state import init_state, place_state
 from jxfer.step import from_input
-from jxfer.task import Task
+from jxfer.task import Task, base_model
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -89,3 +91,25 @@ def test_a_head_on_stored_features_keeps_next_to_nothing_and_a_solver_has_no_bac
     (probe,), (whole,) = planned(linear_probe).activations, planned().activations
     assert probe.kept < 0.02 * whole.kept
     assert probe.remat == probe.kept
+
+
+def test_under_tensor_rules_a_device_keeps_its_part_of_the_blocks():
+    size = (("patch_size", "4"), ("hidden_dim", "64"), ("num_layers", "2"), ("num_heads", "4"), ("mlp_dim", "256"))
+    task, found = Task(tuple("abcdef"), tuple("abcdef"), (32, 32, 1)), {}
+    for rule in ("replicated", "tensor"):
+        mesh = MeshConfig(model=4, trainable=(("**", rule),), frozen=(("**", rule),))
+        train = TrainConfig(batch_size=16, optimizer="sgd")
+        experiment = Experiment("test", model=ModelConfig("vit_ti_16", size=size), mesh=mesh, train=train)
+        model = base_model(experiment.model, scratch, task, seed=0)
+        (planned,) = plan_phases(experiment, scratch, model)
+        found[rule] = _activations(experiment, scratch, planned, model, task)
+    assert found["tensor"].num_examples == found["replicated"].num_examples == 16 // (jax.device_count() // 4)
+    assert found["tensor"].remat < 0.6 * found["replicated"].remat
+    on_devices = sharding.make_mesh(mesh)
+    started = start_phase(experiment, scratch, planned, model, key=jax.random.key(0))
+    state, fixed = place_state(*started, on_devices, mesh)
+    batch = {"image": np.zeros((16, 32, 32, 1), np.uint8), "label": np.zeros(16, np.int32), "mask": np.ones(16, "f")}
+    train_step, _ = phase_steps(experiment, scratch, planned, 6)
+    program = train_step.lower(state, fixed, sharding.put_batch(batch, on_devices)).compile()
+    allocated = program.memory_analysis().temp_size_in_bytes
+    assert allocated / FACTOR < found["tensor"].kept < FACTOR * allocated < found["replicated"].kept

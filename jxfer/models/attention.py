@@ -65,7 +65,7 @@ class SelfAttention(nnx.Module):
         query, key, value = (layer(x).reshape(heads) for layer in (self.query, self.key, self.value))
         over_keys = None if mask is None else mask[:, None, None, :]
         mixed = jax.nn.dot_product_attention(query, key, value, mask=over_keys)
-        return self.out(mixed.reshape(x.shape))
+        return self.out(mixed.reshape(*x.shape[:2], -1))
 
 
 class Mlp(nnx.Module):
