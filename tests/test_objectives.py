@@ -73,6 +73,20 @@ def test_mixed_labels_take_the_place_of_the_label():
     np.testing.assert_array_equal(classification().losses(logits, one_hot), classification().losses(logits, batch))
 
 
+def test_the_loss_among_the_metrics_is_that_of_optax_to_the_bit():
+    logits, batch = make_outputs(1000)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    np.testing.assert_array_equal(classification().metrics(logits, batch)["loss"], jnp.sum(expected))
+
+
+def test_a_step_takes_the_exponentials_of_loss_and_metrics_once():
+    def loss(logits, batch):
+        return classification().losses(logits, batch).sum(), classification().metrics(logits, batch)
+
+    program = jax.jit(jax.grad(loss, has_aux=True)).lower(*make_outputs()).compile().as_text()
+    assert program.count(" exponential(") == 1
+
+
 def test_masked_rows_count_nowhere():
     logits, batch = make_outputs()
     masked = {**batch, "mask": batch["mask"].at[5:].set(0)}
