@@ -233,18 +233,33 @@ def plan_population(
     why = "one variant" if count == 1 else planned.apart or _why_apart(experiment)
     if why is not None:
         return PlannedPopulation((1,) * count, why)
-    one = abstract_cost(experiment, searched[0].method, planned, model, task)
-    batch = abstract_batch(experiment, planned, model, task)
-    population, fixed = abstract_population(searched[:2], planned, model)
-    train_step, _ = phase_steps(experiment, searched[0].method, planned, len(task.target_classes), POPULATION)
-    two = cost_of(train_step, population, fixed, batch)
-    # Beside the state there are its gradients and the best values so far.
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((population.state, population.state.params)))
-    bytes_each = held // 2 + max(two.temp_bytes - one.temp_bytes, 0)
+    arrays = tuple((path, jax.ShapeDtypeStruct(x.shape, x.dtype)) for path, x in arrays_of(model).items())
+    one, bytes_each = _costs_of_variant(experiment, searched[:2], planned, nnx.graphdef(model), arrays, task)
     memory = device_memory()
     parts = parts_of(count, bytes_each=bytes_each, memory=memory, most=most)
     why = "one batch and one frozen part serve all" if len(parts) == 1 else _why_split(parts, bytes_each, memory, most)
-    return PlannedPopulation(parts, why, bytes_each)
+    return PlannedPopulation(parts, why, bytes_each, one)
+
+
+@functools.lru_cache(maxsize=128)  # the runs of an ablation ask for the same ones
+def _costs_of_variant(
+    experiment: Experiment,
+    two_variants: tuple[Variant, Variant],
+    planned: PlannedPhase,
+    graphdef: nnx.GraphDef,
+    arrays: tuple[tuple[str, jax.ShapeDtypeStruct], ...],
+    task: Task,
+) -> tuple[Cost, int]:
+    """Returns what a step of one variant costs, and what a second one adds in memory."""
+    model, method = planned.partition.assemble(graphdef, dict(arrays)), two_variants[0].method
+    one = abstract_cost(experiment, method, planned, model, task)
+    batch = abstract_batch(experiment, planned, model, task)
+    population, fixed = abstract_population(two_variants, planned, model)
+    train_step, _ = phase_steps(experiment, method, planned, len(task.target_classes), POPULATION)
+    two = cost_of(train_step, population, fixed, batch)
+    # Beside the state there are its gradients and the best values so far.
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((population.state, population.state.params)))
+    return one, held // 2 + max(two.temp_bytes - one.temp_bytes, 0)
 
 
 def _why_apart(experiment: Experiment) -> str | None:

@@ -23,7 +23,7 @@ from jxfer.loop import Hook, Window, check_finite, train
 from jxfer.partition import Audit, fingerprint
 from jxfer.phase import EVAL_BATCH_SIZE, PhaseResult, Splits, is_due, rank, store_features
 from jxfer.plan import POPULATION, PlannedPhase, phase_steps, start_population
-from jxfer.state import Fixed, Population, member, place_population
+from jxfer.state import Fixed, Population, member, pick, place_population
 from jxfer.step import EvalStep
 from jxfer.typing import Arrays, AuditError, NonFiniteError
 from jxfer.variants import Variant
@@ -90,7 +90,7 @@ def run_population(
         if variant in keeper.failures
         else PhaseResult(
             planned.phase.name,
-            {path: value[variant] for path, value in keeper.best_arrays.items()},
+            pick(keeper.best_arrays, variant),
             tuple(leaf.path for leaf in planned.partition.trainable),
             keeper.best_metrics[variant],
             keeper.best_steps[variant],
@@ -189,11 +189,11 @@ class _Keeper:
         self.best_arrays = _choose(better, self._worth_keeping(population), self.best_arrays)
 
     def log_window(self, cost: Cost, window: Window) -> None:
+        speed = window.speed(cost.step_flops, peak=self._contexts[0].peak)
         for variant, context in enumerate(self._contexts):
             if variant not in self.failures:
                 own = {name: float(value[variant]) for name, value in window.metrics.items()}
-                row = log_row(context, self._planned, window.step, "train")
-                context.log(row | own | window.speed(cost.step_flops, peak=context.peak))
+                context.log(log_row(context, self._planned, window.step, "train") | own | speed)
 
     def stop(self, step: int, population: Population) -> None:
         """Saves the population with the best of each variant."""

@@ -16,7 +16,7 @@ from jxfer.data import Drawn
 from jxfer.loop import Session
 from jxfer.partition import Audit, arrays_of, fingerprint
 from jxfer.phase import PhaseResult, Splits, evaluate_model, run_phase
-from jxfer.plan import PlannedPhase, abstract_cost, plan_phases, plan_population
+from jxfer.plan import PlannedPhase, plan_phases, plan_population
 from jxfer.population import newest_checkpoint, run_population
 from jxfer.rounding import round_frozen
 from jxfer.sharding import make_mesh
@@ -116,7 +116,7 @@ def train_variants(
         populations = []
         for index, planned in enumerate(phases):
             population = plan_population(job.experiment, searched, planned, candidates[0].lazy.model, task)
-            candidates = _train_phase(candidates, planned, population, task, splits, index)
+            candidates = _train_phase(candidates, planned, population, splits, index)
             populations.append({"phase": planned.phase.name, **population.to_json()})
     outcomes = [_outcome(candidate, splits) for candidate in candidates if candidate.error is None]
     tried = [_tried(candidate, outcomes) for candidate in candidates]
@@ -169,7 +169,6 @@ def _train_phase(
     candidates: Sequence[Candidate],
     planned: PlannedPhase,
     population: PlannedPopulation,
-    task: Task,
     splits: Splits,
     index: int,
 ) -> list[Candidate]:
@@ -182,7 +181,7 @@ def _train_phase(
     largest = max(population.parts)
     for first in range(0, len(left), largest):
         part = left[first : first + largest]
-        trained = _train_part([candidates[position] for position in part], planned, task, splits, index)
+        trained = _train_part([candidates[position] for position in part], planned, population, splits, index)
         for position, candidate in zip(part, trained, strict=True):
             advanced[position] = candidate
     if all(candidate.error for candidate in advanced):
@@ -225,18 +224,17 @@ def _solve_phase(candidates: Sequence[Candidate], planned: PlannedPhase, splits:
 
 
 def _train_part(
-    part: Sequence[Candidate], planned: PlannedPhase, task: Task, splits: Splits, index: int
+    part: Sequence[Candidate], planned: PlannedPhase, population: PlannedPopulation, splits: Splits, index: int
 ) -> list[Candidate]:
     first = part[0]
     try:
-        if len(part) == 1:
+        if len(part) == 1 or population.cost is None:
             found: list[PhaseResult | NonFiniteError] = [
                 run_phase(first.context, planned, first.lazy.model, splits, index=index)
             ]
         else:
-            cost = abstract_cost(first.context.experiment, first.context.method, planned, first.lazy.model, task)
             contexts, models = [each.context for each in part], [each.lazy.model for each in part]
-            found = [*run_population(contexts, planned, models, splits, index=index, cost=cost)]
+            found = [*run_population(contexts, planned, models, splits, index=index, cost=population.cost)]
     except NonFiniteError as error:
         return [dataclasses.replace(candidate, error=error) for candidate in part]
     return [_advance(candidate, planned, result) for candidate, result in zip(part, found, strict=True)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,20 +104,10 @@ def init_state(
       reference: paths whose starting values penalties will need.
     """
     moving, frozen = partition.split(arrays_of(model))
-    kinds = {leaf.path: leaf.kind for leaf in partition.leaves}
-    params, variables = _by_kind(jax.tree.map(jnp.copy, moving), kinds)
     definition = _define(partition, partition.train_graphdef(model), eval_graphdef(model), tx)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        variables=variables,
-        opt_state=jax.tree.map(jnp.copy, tx.init(params)),  # some keep the parameters themselves: both are donated
-        ema=jax.tree.map(jnp.copy, params) if ema else {},
-        key=jnp.copy(jax.random.key(0) if key is None else key),
-        skipped={name: jnp.zeros((), jnp.int32) for name in ("in_a_row", "total")} if skips else {},
-    )
-    start = {path: jnp.copy(params[path]) for path in reference if path in params}
-    return state, Fixed(*_by_kind(frozen, kinds), start, definition)
+    state, fixed = _begin(definition, jax.tree.map(jnp.copy, moving), frozen, tx.init, key, ema, reference)
+    skipped = {name: jnp.zeros((), jnp.int32) for name in ("in_a_row", "total")} if skips else {}
+    return dataclasses.replace(state, skipped=skipped), fixed
 
 
 def hold_frozen(fixed: Fixed, dtype: FrozenDType) -> Fixed:
@@ -194,21 +184,14 @@ def init_population(
       multiple: copies of the last variant fill the population up to a multiple of it.
     """
     models = [*models, *[models[-1]] * (-len(models) % multiple)]
-    state, fixed = init_state(models[0], partition, tx, key=key, ema=ema, reference=reference)
-    kinds = {leaf.path: leaf.kind for leaf in partition.leaves}
     # Once for all variants that begin from the same model: taking a model apart takes longer than a step.
     distinct = {id(model): model for model in models}
-    moving = {name: partition.split(arrays_of(model))[0] for name, model in distinct.items()}
-    params, variables = _by_kind(stack([moving[id(model)] for model in models]), kinds)
-    stacked = dataclasses.replace(
-        state,
-        params=params,
-        variables=variables,
-        opt_state=jax.vmap(tx.init)(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else {},
-    )
-    start = {path: jnp.copy(params[path]) for path in fixed.reference}
-    return Population(stacked, jnp.ones(len(models), bool)), dataclasses.replace(fixed, reference=start)
+    moving, (frozen, *_) = zip(*(partition.split(arrays_of(model)) for model in distinct.values()), strict=True)
+    rows = np.array([list(distinct).index(id(model)) for model in models])
+    stacked = jax.tree.map(lambda leaf: leaf[rows], stack(moving))
+    definition = _define(partition, partition.train_graphdef(models[0]), eval_graphdef(models[0]), tx)
+    state, fixed = _begin(definition, stacked, frozen, jax.vmap(tx.init), key, ema, reference)
+    return Population(state, jnp.ones(len(models), bool)), fixed
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
@@ -218,8 +201,38 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 
 def member(population: Population, index: int) -> TrainState:
     """Returns one variant of a population."""
-    parts = {name: jax.tree.map(lambda x: x[index], getattr(population.state, name)) for name in STACKED}
+    parts = pick({name: getattr(population.state, name) for name in STACKED}, index)
     return dataclasses.replace(population.state, **parts)
+
+
+@jax.jit
+def pick(stacked: PyTree, index: int | jax.Array) -> PyTree:
+    """Returns what a stacked tree holds of one variant; one program picks any of them."""
+    return jax.tree.map(lambda x: x[index], stacked)
+
+
+def _begin(
+    definition: Definition,
+    moving: Arrays,
+    frozen: Arrays,
+    init: Callable[[Arrays], PyTree],
+    key: jax.Array | None,
+    ema: bool,
+    reference: tuple[str, ...],
+) -> tuple[TrainState, Fixed]:
+    """Returns what moves, which is donated and so nobody else's, under a fresh optimizer state, and what does not."""
+    kinds = {leaf.path: leaf.kind for leaf in definition.partition.leaves}
+    params, variables = _by_kind(moving, kinds)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        variables=variables,
+        opt_state=jax.tree.map(jnp.copy, init(params)),  # some keep the parameters themselves: both are donated
+        ema=jax.tree.map(jnp.copy, params) if ema else {},
+        key=jnp.copy(jax.random.key(0) if key is None else key),
+    )
+    start = {path: jnp.copy(params[path]) for path in reference if path in params}
+    return state, Fixed(*_by_kind(frozen, kinds), start, definition)
 
 
 @functools.lru_cache(maxsize=512)

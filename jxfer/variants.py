@@ -11,6 +11,7 @@ import numpy as np
 
 from jxfer import distributed
 from jxfer.config import Experiment, Method, SearchConfig, TrainConfig
+from jxfer.cost import Cost
 from jxfer.partition import Partition
 from jxfer.typing import InputError
 
@@ -41,6 +42,8 @@ class PlannedPopulation:
     why: str
     bytes_each: int = 0
     """What a variant adds to what a device holds; 0 where each trains alone."""
+    cost: Cost | None = None
+    """Of one step of one variant; None where each trains alone."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns what plans and results record."""

@@ -3,13 +3,17 @@
 import dataclasses
 
 import numpy as np
+import optax
 import pytest
 import runs
+from flax import nnx
 
 from jxfer import checkpoint, methods, plan, search
 from jxfer.config import Experiment, Method, Phase, SearchConfig
+from jxfer.partition import Partition
 from jxfer.run import run
 from jxfer.search import Job
+from jxfer.state import init_population, member, pick
 from jxfer.surgery.head import MLPHead, NewHead
 from jxfer.task import Task
 from jxfer.typing import InterruptedRun
@@ -190,6 +194,18 @@ def test_a_stopped_population_continues_to_the_same_bits(experiment, source, tmp
     assert (tmp_path / "stopped" / "metrics.jsonl").read_text().count("validation") == (
         tmp_path / "whole" / "metrics.jsonl"
     ).read_text().count("validation")
+
+
+def test_variants_start_from_their_own_models_and_one_program_picks_any_of_them():
+    models = [nnx.Linear(2, 3, rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+    partition = Partition.of(models[0], [("**", "head")])
+    population, _ = init_population([models[index] for index in (1, 0, 1)], partition, optax.adam(0.1))
+    pick.clear_cache()
+    for variant, index in enumerate((1, 0, 1)):
+        one = member(population, variant)
+        np.testing.assert_array_equal(one.params["kernel"], models[index].kernel[...])
+        assert one.opt_state[0].count.shape == ()
+    assert pick._cache_size() == 1
 
 
 def test_plans_say_which_variants_train_together_and_why_not(experiment):
