@@ -103,7 +103,8 @@ def train_variants(
     """Returns the variants that trained to their end, and what the row says of all that were tried."""
     splits = Splits(drawn.train, drawn.validation)
     searched = variants(job.experiment, job.method)
-    distributed.on_main(lambda: set_aside(directory, session.note))
+    with session.at_once(f"checkpoints of {job.title} were being checked"):
+        distributed.on_main(lambda: set_aside(directory, session.note))
     logs.rewind(directory, keep=_saved_rows(directory, job.method))
     settings = config.to_dict(job.experiment)
     with logs.open_logs(directory, name=job.name, config=settings, wandb=job.experiment.wandb) as log:

@@ -14,7 +14,7 @@ LOST_SECS, GRACE_SECS, BEAT_SECS = 5.0, 2.0, 0.2
 
 CHILD = f"""
 import os, signal, sys
-from jxfer import distributed, peers
+from jxfer import ablate, distributed, peers
 from jxfer.data import pipeline
 from jxfer.typing import InputError
 
@@ -32,11 +32,18 @@ def disturbed(source, batch):
             raise InputError("this example cannot be read")
     return whole(source, batch)
 
+def plan(*args):
+    if what == "terminate" and distributed.index() == int(who):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole_plan(*args)
+
 pipeline._BatchSource.__getitem__ = disturbed
+whole_plan, ablate.plan_method = ablate.plan_method, plan
 from jxfer.cli import main
 sys.exit(main())
 """
-"""The command line with something that happens in one process when it reads one batch: `what:process:batch`."""
+"""The command line with something that happens in one process when it reads one batch, `what:process:batch`, or
+`terminate` when it begins to plan."""
 
 NOTHING = "nothing:0:-1"
 

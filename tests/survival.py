@@ -33,7 +33,7 @@ from pathlib import Path
 
 import array_record.python.array_record_module, tensorboardX
 from orbax.checkpoint import v1
-from jxfer import ablate, cli, directory, evaluate, extract, report, session
+from jxfer import ablate, cli, directory, evaluate, extract, report, search, session
 from jxfer.solvers.logistic import LogisticPath
 
 OUT, seen = "", Counter()
@@ -112,7 +112,7 @@ whole_batches, evaluate.eval_batches = evaluate.eval_batches, watched_batches
 whole_part, LogisticPath._solve_part = LogisticPath._solve_part, solve_part
 whole_append, ablate.append_result = ablate.append_result, append
 ablate.resolve, ablate.load_data = begin("check", ablate.resolve), begin("open", ablate.load_data)
-ablate.plan_method = begin("plan", ablate.plan_method)
+ablate.plan_method, search.set_aside = begin("plan", ablate.plan_method), begin("look", search.set_aside)
 session.progress = lambda: contextlib.nullcontext(progress)
 def document(material):
     pass_by("report")

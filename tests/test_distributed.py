@@ -551,6 +551,14 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(experiment, tmp_p
     assert (tmp_path / "runs" / RUN / "checkpoints" / "default" / "0" / str(step) / "manifest.json").exists()
 
 
+def test_sigterm_to_one_process_while_plans_are_made_ends_both_at_once(experiment, tmp_path):
+    ended = scratch(experiment, tmp_path, event="terminate:1:-1", devices=1)
+    assert [each.status for each in ended] == [75, 75]
+    assert "process 1 of 2 failed: stopped while plans were being made" in ended[0].err
+    assert "Traceback" not in ended[0].err + ended[1].err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_is_wrong_for_all_is_said_once(experiment, tmp_path):
     ended = processes.run(["run", experiment, "--method", "scrach", "--out", str(tmp_path)], devices=1)
     assert [each.status for each in ended] == [2, 2]

@@ -103,6 +103,7 @@ def test_sigterm_saves_within_seconds_wherever_it_comes(starts, expected, tmp_pa
         ("check", 1, "the experiment was being checked"),
         ("open", 2, "data and weights were being opened"),
         ("plan", 2, "plans were being made"),
+        ("look", 1, "checkpoints of pre-training · all shots · seed 0 were being checked"),
     ],
 )
 def test_sigterm_ends_what_comes_before_training_wherever_the_code_is(starts, expected, tmp_path, what, count, when):
