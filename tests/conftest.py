@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import jax
 import pytest
@@ -22,27 +23,6 @@ from jaxtyping import install_import_hook
 install_import_hook("jxfer", "beartype.beartype")
 
 from jxfer import programs  # noqa: E402 (after the hook, which would not see it)
-
-LONGEST_FILES = (
-    "test_distributed",
-    "test_experiments",
-    "test_run",
-    "test_workers",
-    "test_benchmarks",
-    "test_non_finite",
-    "test_step",
-    "test_resume",
-    "test_survival",
-    "test_features",
-    "test_population",
-)
-"""What takes the longest, the longest first."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the files that take the longest: whoever came to them last would work on alone."""
-    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +57,21 @@ def _compilation_cache_as_before() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-@pytest.fixture(scope="module")
-def quick_compiles() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="session")
+def quick_compiles() -> None:
     """Trades the speed of compiled programs for that of compiling them, here and in child processes.
 
-    For tests that make many programs and run each a few times; results keep their laws, only XLA's choices change.
+    Tests make many programs and run each a few times; results keep their laws, only XLA's choices change.
     """
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws every figure of a report and writes an empty picture of it, for tests of what else is on the page."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", _save_nothing)
+
+
+def _save_nothing(figure: Any, file: BinaryIO, **settings: Any) -> None:
+    file.write(b'<svg viewBox="0 0 1 1"></svg>' if settings["format"] == "svg" else b"")

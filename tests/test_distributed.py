@@ -462,7 +462,7 @@ def assert_close(out: Path, expected: Path) -> None:
             np.testing.assert_allclose(weights[name][path], value, rtol=1e-5, atol=1e-6, err_msg=f"{name} {path}")
 
 
-@pytest.mark.parametrize("num_devices", [8, 1])
+@pytest.mark.parametrize("num_devices", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_does(experiment, whole, tmp_path, num_devices):
     assert_done(scratch(experiment, tmp_path, count=1, devices=num_devices))
     assert_close(whole, tmp_path)
@@ -494,7 +494,7 @@ def test_a_killed_process_ends_the_job_with_a_word_of_which(killed):
     assert seconds < 60
 
 
-@pytest.mark.parametrize("count", [2, 1])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_the_restart_ends_as_if_nothing_had_happened_with_another_number_of_processes_too(
     experiment, killed, whole, tmp_path, count
 ):

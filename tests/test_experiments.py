@@ -12,8 +12,9 @@ import runs
 import scipy.io.wavfile
 from flax import nnx
 
-from jxfer import ablate, models, report
+from jxfer import ablate, methods, models, report
 from jxfer.config import DataConfig, Experiment, ModelConfig, SearchConfig, TrainConfig
+from jxfer.data import glyphs
 from jxfer.overrides import load_experiment
 from jxfer.weights.load import weights_of
 from jxfer.weights.names import namings_of
@@ -83,7 +84,7 @@ def write_target(experiment: Experiment, folder: Path) -> DataConfig:
 
 
 def shrunk(experiment: Experiment, folder: Path) -> Experiment:
-    """Returns the experiment with little to do and its first four methods, as `test_run.py` has them all.
+    """Returns the experiment with little to do, its first two methods and its own: `test_run.py` has jxfer's.
 
     A folder of the user's own is one that is written here, and so are published weights.
     """
@@ -97,24 +98,31 @@ def shrunk(experiment: Experiment, folder: Path) -> Experiment:
         if experiment.target.name.startswith("folder:"):
             name = runs.write_folder(folder / "images", runs.TARGET_CLASSES)
             small = dataclasses.replace(small, target=dataclasses.replace(small.target, name=name))
-            name = runs.write_folder(folder / "source", runs.SOURCE_CLASSES)  # rendering characters takes long
-            data = dataclasses.replace(small.source.data, name=name, image_size=32)
-            small = dataclasses.replace(small, source=dataclasses.replace(small.source, data=data))
     else:
         small = publish(experiment, folder)
         small = dataclasses.replace(small, target=write_target(small, folder / "data"))
     return dataclasses.replace(
         small,
         train=shrink(experiment.train),
-        methods=experiment.methods[:4],
+        methods=tuple(
+            each for i, each in enumerate(experiment.methods) if i < 2 or methods.METHODS.get(each.name) != each
+        ),
         search=SearchConfig(experiment.search.learning_rate[:1]),
         shots=(2,) if experiment.shots[0] else (None,),
         seeds=1,
     )
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_experiment_runs_and_makes_its_report(file, tmp_path, monkeypatch):
+SLOW = ("image_folder", "spoken_digits")
+"""Of which the others have the like: a folder, published weights."""
+
+EACH = [pytest.param(file, marks=pytest.mark.slow if file.stem in SLOW else (), id=file.stem) for file in FILES]
+
+
+@pytest.mark.parametrize("file", EACH)
+def test_every_experiment_runs_and_makes_its_report(file, tmp_path, monkeypatch, sketched):
+    monkeypatch.setenv("JXFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(glyphs, "EXAMPLES_PER_CLASS", {"train": 6, "test": 2})  # rendering characters takes long
     runs.add_models(monkeypatch)
     runs.use_devices(monkeypatch, 1)
     experiment = shrunk(load_experiment(file), tmp_path / "folder")

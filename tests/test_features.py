@@ -213,7 +213,7 @@ def train_phase(name: str, first: str, *, features: str):
     return logits, {**state.params, **state.variables}, history
 
 
-QUICK = [("convnet_dropout", "layer2"), ("resnet20", "head"), ("resnet18_32", "layer4")]
+QUICK = [("convnet_dropout", "layer2"), ("resnet20", "head"), ("bert", "blocks/1")]
 ALL = [
     *itertools.product(("convnet", "convnet_dropout"), ("layer1", "layer2", "head")),
     *itertools.product(("resnet20",), ("layer1", "layer2", "layer3", "head")),
@@ -250,11 +250,6 @@ def assert_equal_training(name: str, first: str) -> None:
 
 @pytest.mark.parametrize(("name", "first"), CUTS)
 def test_training_on_stored_features_equals_training_online(name, first):
-    assert_equal_training(name, first)
-
-
-@pytest.mark.parametrize(("name", "first"), [("vit_scan", "blocks/2"), ("bert", "blocks/1")])
-def test_it_does_for_other_kinds_too(name, first, quick_compiles):
     assert_equal_training(name, first)
 
 

@@ -216,7 +216,7 @@ def final(directory):
     }
 
 
-@pytest.mark.parametrize(("devices", "num_microbatches"), [(1, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("devices", "num_microbatches"), [(1, 1), pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_a_run_skips_counts_and_resumes_to_the_same_bits(experiment, tmp_path, monkeypatch, devices, num_microbatches):
     runs.use_devices(monkeypatch, devices)
     experiment = runs.with_train(experiment, num_microbatches=num_microbatches)
@@ -271,7 +271,7 @@ def rolling(experiment: Experiment, every: int | None) -> tuple[Experiment, int]
     return runs.with_train(experiment, non_finite="rollback", checkpoint_every=every, **settings), back[position]
 
 
-@pytest.mark.parametrize(("every", "devices"), [(2, 1), (None, 1), (2, 4)])
+@pytest.mark.parametrize(("every", "devices"), [pytest.param(2, 1, marks=pytest.mark.slow), (None, 1), (2, 4)])
 def test_a_run_goes_back_reorders_its_data_and_ends_the_same_however_often_it_is_stopped(
     experiment, tmp_path, monkeypatch, every, devices
 ):

@@ -26,7 +26,7 @@ def limit_maps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: int) -> N
 
 
 def test_programs_stay_until_half_of_the_maps_are_taken_and_go_then(monkeypatch, tmp_path):
-    functions = [jax.jit(lambda x, i=i: jnp.tanh(x @ x + i).sum()) for i in range(50)]
+    functions = [jax.jit(lambda x, i=i: jnp.tanh(x @ x + i).sum()) for i in range(20)]
     x = jnp.ones((8, 8))
     before = num_maps()
     first = [function(x) for function in functions]
@@ -44,11 +44,10 @@ def test_no_limit_is_no_error(monkeypatch, tmp_path):
     assert not programs.make_room()
 
 
-def test_an_ablation_whose_programs_go_before_each_run_ends_with_the_same_results(
-    monkeypatch, tmp_path, quick_compiles
-):
+def test_an_ablation_whose_programs_go_before_each_run_ends_with_the_same_results(monkeypatch, tmp_path):
     runs.add_models(monkeypatch)
-    experiment = runs.with_methods(runs.write_data(tmp_path), methods.linear_probe, methods.fine_tuning, seeds=1)
+    runs.use_devices(monkeypatch, 1)
+    experiment = runs.with_methods(runs.write_data(tmp_path), methods.linear_probe, seeds=2)
     experiment = runs.with_train(experiment, num_steps=2, eval_every=1)
     session = Session(lambda what, done, total: None, lambda: False)
     undisturbed = ablate.ablate(experiment, tmp_path / "undisturbed", session, command="test")

@@ -1,6 +1,7 @@
 """Tests of stopping and continuing: whatever ends a process, starting it again ends as if nothing had happened."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -76,13 +77,19 @@ def assert_same_bits(arrays: dict[str, np.ndarray], expected: dict[str, np.ndarr
         assert arrays[path].tobytes() == value.tobytes(), path
 
 
-@pytest.mark.parametrize("checkpoint_every", [None, 3])
+@pytest.mark.parametrize("checkpoint_every", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(experiment, source, tmp_path, checkpoint_every):
     expected = run_with_stops(Job(experiment, runs.TWO_PHASES, 3, 0), tmp_path / "undisturbed", source)
     job = Job(runs.with_train(experiment, checkpoint_every=checkpoint_every), runs.TWO_PHASES, 3, 0)
     row = run_with_stops(job, tmp_path / "stopped", source, (1, 4, 5, 3, 3))
     assert_same_result(row, expected, but=("config_hash",))
     assert_same_bits(final_arrays(tmp_path / "stopped"), final_arrays(tmp_path / "undisturbed"))
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("stopped", "undisturbed")
+    ]
+    stopped, undisturbed = ([row for row in log if row["split"] == "validation"] for log in logs)
+    assert stopped == undisturbed, "every row of the log is kept, and none is there twice"
 
 
 class StopsInLook(Session):
@@ -97,8 +104,16 @@ class StopsInLook(Session):
             raise InterruptedRun(f"stopped while {doing}")
 
 
-@pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
-@pytest.mark.parametrize("checkpoint_every", [None, 4])
+@pytest.mark.parametrize(
+    ("checkpoint_every", "population"),
+    [
+        (None, None),
+        (4, 1),
+        pytest.param(None, 1, marks=pytest.mark.slow),
+        pytest.param(4, None, marks=pytest.mark.slow),
+    ],
+    ids=["None-together", "4-one by one", "None-one by one", "4-together"],
+)
 def test_stopped_in_a_look_a_run_saves_looks_again_and_ends_as_if_it_had_not_been(
     experiment, source, tmp_path, checkpoint_every, population
 ):
@@ -142,18 +157,6 @@ def test_a_best_that_is_found_in_a_look_that_was_owed_stays(experiment, source, 
     assert steps[0] == 11, "without it, the checkpoint of step 10 would not have served"
 
 
-def test_a_resumed_run_keeps_the_rows_of_its_log_and_adds_none_twice(experiment, source, tmp_path):
-    job = Job(runs.with_train(experiment, checkpoint_every=2), runs.TWO_PHASES, 3, 0)
-    run_with_stops(job, tmp_path / "undisturbed", source)
-    run_with_stops(job, tmp_path / "stopped", source, (4, 5, 5))
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("stopped", "undisturbed")
-    ]
-    stopped, undisturbed = ([row for row in log if row["split"] == "validation"] for log in logs)
-    assert stopped == undisturbed
-
-
 def test_a_method_that_was_changed_does_not_continue_the_checkpoints_of_the_old(experiment, source, tmp_path):
     experiment = dataclasses.replace(runs.with_train(experiment, checkpoint_every=4), search=SearchConfig())
     old = Job(experiment, methods.linear_probe, 3, 0)
@@ -165,20 +168,34 @@ def test_a_method_that_was_changed_does_not_continue_the_checkpoints_of_the_old(
     assert_same_result(changed, run_with_stops(new, tmp_path / "fresh", source))
 
 
-def stopped_after_five(experiment, source, tmp_path, population) -> tuple[Job, Path, dict]:
-    """Returns a probe that was stopped in `stopped`, the folder of its checkpoints, and its result undisturbed."""
-    experiment = dataclasses.replace(experiment, search=dataclasses.replace(experiment.search, population=population))
-    job = Job(runs.with_train(experiment, checkpoint_every=1, keep_checkpoints=2), methods.linear_probe, 3, 0)
-    expected = run_with_stops(job, tmp_path / "undisturbed", source)
-    with pytest.raises(InterruptedRun):
-        run.run(job, tmp_path / "stopped", runs.stop_after(5), source=source)
-    (folder,) = (tmp_path / "stopped" / "checkpoints").glob("*/0")
+@pytest.fixture(scope="module")
+def once_stopped(experiment, source, tmp_path_factory):
+    """Makes, for each way to train the variants once, a probe that was stopped in `stopped`, and its result."""
+
+    @functools.cache
+    def make(population: int | None) -> tuple[Job, Path, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("once")
+        search = dataclasses.replace(experiment.search, population=population)
+        settings = dataclasses.replace(experiment, search=search)
+        job = Job(runs.with_train(settings, checkpoint_every=1, keep_checkpoints=2), methods.linear_probe, 3, 0)
+        expected = run_with_stops(job, folder / "undisturbed", source)
+        with pytest.raises(InterruptedRun):
+            run.run(job, folder / "stopped", runs.stop_after(5), source=source)
+        return job, folder / "stopped", expected
+
+    return make
+
+
+def stopped_after_five(once_stopped, tmp_path, population) -> tuple[Job, Path, dict[str, Any]]:
+    """Returns a probe that was stopped, now in `stopped`, the folder of its checkpoints, and its result undisturbed."""
+    job, stopped, expected = once_stopped(population)
+    (folder,) = (runs.copy_of(stopped, tmp_path / "stopped") / "checkpoints").glob("*/0")
     return job, folder, expected
 
 
 @pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
-def test_a_half_written_checkpoint_is_not_continued_from(experiment, source, tmp_path, population):
-    job, folder, expected = stopped_after_five(experiment, source, tmp_path, population)
+def test_a_half_written_checkpoint_is_not_continued_from(once_stopped, source, tmp_path, population):
+    job, folder, expected = stopped_after_five(once_stopped, tmp_path, population)
     files = [path for path in (folder / "5").rglob("*") if path.is_file() and path.stat().st_size > 100]
     os.truncate(max(files, key=lambda path: path.stat().st_size), 50)
     (folder / "6").mkdir()  # as a process leaves it that is killed while it saves
@@ -193,8 +210,10 @@ DAMAGE = {"missing": "is missing", "cut": r"has 50 of [\d,]+ bytes", "flipped": 
 
 @pytest.mark.parametrize("population", [None, 1], ids=["together", "one by one"])
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_an_older_one_continued_from(experiment, source, tmp_path, kind, population):
-    job, folder, expected = stopped_after_five(experiment, source, tmp_path, population)
+def test_a_damaged_checkpoint_is_named_and_an_older_one_continued_from(
+    once_stopped, source, tmp_path, kind, population
+):
+    job, folder, expected = stopped_after_five(once_stopped, tmp_path, population)
     newest = folder / str(checkpoint.newest_step(folder))
     damage(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size), kind)
     notes: list[str] = []

@@ -122,11 +122,18 @@ def check_fields(row: dict[str, Any]) -> None:
 SOLVED = [name for name, m in methods.METHODS.items() if m.phases and all(p.solver is not None for p in m.phases)]
 """These see features, never the model: one kind of it is enough."""
 
+QUICK = ("zero_shot", "norm_statistics", "linear_probe", "fine_tuning", "partial")
+"""What the methods do to a model beyond its head, each once: these run quickly on every kind, all others on one."""
 
-@pytest.mark.parametrize(
-    ("model", "method"),
-    [(m, name) for m in runs.MODELS for name in methods.METHODS if m == "tiny_convnet" or name not in SOLVED],
-)
+EACH = [
+    pytest.param(model, name, marks=() if model == "tiny_convnet" or name in QUICK else pytest.mark.slow)
+    for model in runs.MODELS
+    for name in methods.METHODS
+    if model == "tiny_convnet" or name not in SOLVED
+]
+
+
+@pytest.mark.parametrize(("model", "method"), EACH)
 def test_every_method_runs_on_every_kind_of_model(experiment, sources, tmp_path, model, method):
     experiment = dataclasses.replace(experiment, model=ModelConfig(model))
     row, arrays = run_method(experiment, methods.METHODS[method], tmp_path, sources)
@@ -269,9 +276,9 @@ def test_a_trainable_leaf_that_never_moves_fails_the_run(experiment, sources, tm
 @pytest.mark.parametrize(
     ("method", "batch_size", "count", "mesh"),
     [
-        (methods.fine_tuning_kept_head, 16, 8, MeshConfig()),
+        pytest.param(methods.fine_tuning_kept_head, 16, 8, MeshConfig(), marks=pytest.mark.slow),
         (runs.TWO_PHASES, 16, 8, MeshConfig(fsdp=2)),
-        (methods.partial, 15, 3, MeshConfig(fsdp=3)),
+        pytest.param(methods.partial, 15, 3, MeshConfig(fsdp=3), marks=pytest.mark.slow),
         (methods.linear_probe, 15, 8, MeshConfig()),
     ],
     ids=["data 8", "data 4 × fsdp 2", "fsdp 3", "padded"],

@@ -1,6 +1,7 @@
 """The step: what is frozen costs nothing and stays still, whatever else is switched on; one device or eight."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,16 @@ def flops(function, *arguments):
     return function.lower(*arguments).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("rules", [HEAD, TOP, ALL, [("**/bias", "bias"), ("**", "frozen")]])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb", "lion"])
+BIASES = [("**/bias", "bias"), ("**", "frozen")]
+OPTIMIZERS = ("sgd", "adamw", "lamb", "lion")
+EACH = list(itertools.product(OPTIMIZERS, (HEAD, TOP, ALL, BIASES)))
+QUICK = [("adamw", HEAD), ("adamw", TOP), ("adamw", ALL), ("adamw", BIASES), ("sgd", TOP), ("lamb", TOP), ("lion", TOP)]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rules"),
+    [pytest.param(*each, marks=() if each in QUICK else pytest.mark.slow) for each in EACH],
+)
 def test_only_the_trainable_move(rules, optimizer):
     train = dataclasses.replace(EVERYTHING_ON, optimizer=optimizer, num_microbatches=2)
     state, fixed = start(rules, train)
@@ -283,7 +292,7 @@ def test_a_strong_l2_sp_keeps_the_backbone_where_it_was():
 MESHES = [MeshConfig(), MeshConfig(fsdp=8), MeshConfig(fsdp=2), MeshConfig(fsdp=4)]
 
 
-@pytest.mark.parametrize("rules", [HEAD, ALL])
+@pytest.mark.parametrize("rules", [pytest.param(HEAD, marks=pytest.mark.slow), ALL])
 def test_one_device_and_eight_give_the_same_losses(rules):
     train = dataclasses.replace(EVERYTHING_ON, learning_rate=0.01)
     histories, states = [], []

@@ -61,21 +61,26 @@ def expected(starts: Starter, tmp_path_factory) -> Path:
     return out / "out"
 
 
-def test_killed_at_each_kind_of_moment_an_ablation_ends_as_if_it_had_not_been(starts, expected, tmp_path):
+# In the order in which an ablation comes to them.
+MOMENTS = [("save", 21), ("evaluate", 3), ("train", 3), ("extract", 9), ("torn", 1), ("solve", 2)]
+ALL_MOMENTS = [
+    ("claims", 3),
+    ("records", 2),
+    ("save", 21),
+    ("train", 3),
+    ("evaluate", 3),
+    ("final", 2),
+    ("extract", 9),
+    ("torn", 1),
+    ("append", 1),
+    ("solve", 2),  # the second part of the path
+    ("train", 11),  # fine-tuning of the second variant
+]
+
+
+@pytest.mark.parametrize("moments", [MOMENTS, pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["six", "all"])
+def test_killed_at_each_kind_of_moment_an_ablation_ends_as_if_it_had_not_been(starts, expected, tmp_path, moments):
     out, cache = tmp_path / "out", tmp_path / "cache"
-    moments = [
-        ("claims", 3),
-        ("records", 2),
-        ("save", 21),
-        ("train", 3),
-        ("evaluate", 3),
-        ("final", 2),
-        ("extract", 9),
-        ("torn", 1),
-        ("append", 1),
-        ("solve", 2),  # the second part of the path
-        ("train", 11),  # fine-tuning of the second variant
-    ]
     for what, count in moments:
         assert not starts.outlives(out, cache, what, count), f"it was never at the {count}th {what}"
         leave_for_long(out)
@@ -84,10 +89,15 @@ def test_killed_at_each_kind_of_moment_an_ablation_ends_as_if_it_had_not_been(st
     assert_whole(out, cache / "features")
 
 
-def test_sigterm_saves_within_seconds_wherever_it_comes(starts, expected, tmp_path):
-    # In pre-training, while features are stored, in a population, between the test split and the results, in a path,
-    # and in fine-tuning.
-    for what, count in [("train", 3), ("extract", 7), ("train", 3), ("torn", 1), ("solve", 1), ("train", 3)]:
+# In pre-training, while features are stored, between the test split and the results, and in a path.
+STOPS = [("train", 3), ("extract", 7), ("torn", 1), ("solve", 1)]
+# And in a population, and in fine-tuning.
+ALL_STOPS = [("train", 3), ("extract", 7), ("train", 3), ("torn", 1), ("solve", 1), ("train", 3)]
+
+
+@pytest.mark.parametrize("moments", [STOPS, pytest.param(ALL_STOPS, marks=pytest.mark.slow)], ids=["four", "all"])
+def test_sigterm_saves_within_seconds_wherever_it_comes(starts, expected, tmp_path, moments):
+    for what, count in moments:
         began = time.monotonic()
         status, words = starts.start(tmp_path / "out", tmp_path / "cache", what, count, how="terminate")
         assert status == 75, (what, words)

@@ -85,10 +85,10 @@ LAST = (("head/**", "head"), ("blocks/1/**", "last"), ("**", "frozen"))
 @pytest.mark.parametrize(
     ("kind", "rules", "mesh"),
     [
-        ("vit", ALL, "tensor"),
+        pytest.param("vit", ALL, "tensor", marks=pytest.mark.slow),
         ("bert", ALL, "data, fsdp and tensor"),
         ("vit scanned", ALL, "tensor"),
-        ("bert", LAST, "tensor"),
+        pytest.param("bert", LAST, "tensor", marks=pytest.mark.slow),
     ],
 )
 def test_losses_and_parameters_are_those_of_one_device(kind, rules, mesh, caplog):
@@ -235,6 +235,7 @@ def test_a_network_without_blocks_has_nothing_to_split():
         sharding.check_placement(model, tensor(model=2))
 
 
+@pytest.mark.slow  # steps over such a mesh are tested above, whole runs over others in test_run.py
 def test_what_a_whole_run_measures_over_the_mesh_is_what_one_device_predicts(tmp_path, monkeypatch):
     runs.add_models(monkeypatch)
     monkeypatch.setitem(models._CONFIGS, "tiny_vit", dataclasses.replace(VIT, num_layers=1))

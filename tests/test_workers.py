@@ -408,6 +408,7 @@ def test_sigterm_ends_the_command_with_75_while_it_waits(file, alone, tmp_path, 
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.slow  # within a process it is test_a_worker_that_lost_a_run_writes_nothing_of_it_and_goes_on
 def test_a_suspended_worker_finds_its_run_done_by_another_and_changes_nothing(file, child_env, alone, tmp_path):
     args = [sys.executable, "-c", SUSPENDED, str(file), str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
