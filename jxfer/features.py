@@ -51,11 +51,13 @@ class Extraction:
     """Of the rows it reads."""
     flops: float = 0.0
     """Of computing all rows of its training examples, whoever did; validation is not counted, for any method."""
+    weights: str = ""
+    """Hash of what is frozen before the boundary: where variants differ there, each has rows of its own."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns what the results record."""
-        reused = self.examples - self.computed
-        return {"stored": self.boundary is not None, **dataclasses.asdict(self), "reused": reused}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "weights"}
+        return {"stored": self.boundary is not None, **fields, "reused": self.examples - self.computed}
 
 
 def total(extractions: Iterable[Extraction]) -> Extraction:
@@ -200,7 +202,9 @@ def stored_splits(
     num_rows = len(train) * views + len(validation)
     row = stored[1].read(np.zeros(1, int))
     num_bytes = num_rows * sum(value.nbytes for name, value in row.items() if name != "label")
-    took = Extraction(extractor.boundary, views, num_rows, computed, num_bytes, flops * len(train) * views)
+    took = Extraction(
+        extractor.boundary, views, num_rows, computed, num_bytes, flops * len(train) * views, fields["weights"]
+    )
     return *stored, took
 
 

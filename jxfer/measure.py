@@ -15,7 +15,7 @@ from jxfer.features import total
 from jxfer.loop import Session
 from jxfer.partition import FROZEN, Partition, arrays_of, fingerprint
 from jxfer.phase import evaluate_model
-from jxfer.search import Job, Outcome
+from jxfer.search import Candidate, Job, Outcome
 from jxfer.source import Source, base_record, delta
 from jxfer.surgery.lora import merged
 from jxfer.task import Task, load_data, source_model
@@ -134,10 +134,10 @@ def _is_key(value: Any) -> bool:
     return bool(jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key))
 
 
-def costs(outcomes: list[Outcome], chosen: Outcome) -> dict[str, Any]:
-    """Sums over the phases of the chosen variant; `train_flops` counts every variant that was tried.
+def costs(outcomes: list[Outcome], chosen: Outcome, failed: list[Candidate]) -> dict[str, Any]:
+    """Sums over the phases of the chosen variant; `train_flops` counts every variant that was tried, failed ones too.
 
-    All variants train on the same stored features, so that computing these counts once.
+    Variants that train on the same stored features share these, so that computing them counts once.
     """
     phases = chosen.phases
     num_steps = sum(phase.num_steps for phase in phases)
@@ -145,15 +145,20 @@ def costs(outcomes: list[Outcome], chosen: Outcome) -> dict[str, Any]:
     trainable = {leaf_path for phase in phases for leaf_path in phase.trainable}
     step_flops = sum(phase.num_steps * phase.cost.step_flops for phase in phases)
     params = Partition.of(chosen.model, [("**", FROZEN)])
-    computed = sum(phase.features.computed for outcome in outcomes for phase in outcome.phases)
-    features = dataclasses.replace(total(phase.features for phase in phases), computed=computed)
+    every: list[Outcome | Candidate] = [*outcomes, *failed]
+    tried = [list(enumerate(each.phases)) for each in every]
+    computed = sum(phase.features.computed for each in tried for _, phase in each)
+    stored = {(index, phase.features.weights): phase.features for each in tried for index, phase in each}
+    features = dataclasses.replace(total(stored.values()), computed=computed)
+    # Those of a population that failed as a whole share their error.
+    vain = sum({id(each.error): each.error.flops for each in failed if each.error}.values())
     return {
         "params_total": params.params_total,
         "params_trainable": sum(sizes[path] for path in trainable),
         "optimizer_bytes": max((phase.cost.optimizer_bytes for phase in phases), default=0),
         "checkpoint_bytes": max((phase.checkpoint_bytes for phase in phases), default=0),
         "step_flops": step_flops / num_steps if num_steps else 0.0,
-        "train_flops": sum(phase.train_flops for outcome in outcomes for phase in outcome.phases) + features.flops,
+        "train_flops": sum(phase.train_flops for each in tried for _, phase in each) + vain + features.flops,
         "steps": num_steps,
         "skipped_steps": sum(phase.num_skipped for phase in phases),
         "rollbacks": sum(phase.num_rollbacks for phase in phases),

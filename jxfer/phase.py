@@ -101,7 +101,11 @@ def run_phase(context: Context, planned: PlannedPhase, model: nnx.Module, splits
     checkpoint_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     folder = checkpoint_folder(context.directory, context.variant, index)
     with _Keeper(context, planned, fixed, eval_step, splits.validation, folder) as keeper:
-        state = _train(context, planned, keeper, state, fixed, train_step, splits.train, index, start, cost)
+        try:
+            state = _train(context, planned, keeper, state, fixed, train_step, splits.train, index, start, cost)
+        except NonFiniteError as error:
+            error.flops = (error.step + keeper.num_retaken) * cost.step_flops
+            raise
     audit = planned.partition.audit(before, fingerprint(all_arrays(state, fixed)), fixed.definition.train_graphdef)
     if not audit.ok:
         raise AuditError(f"audit of phase `{planned.phase.name}`: {audit}", audit.to_json())
@@ -294,7 +298,7 @@ class _Keeper:
         """
         if self.num_rollbacks == MAX_ROLLBACKS:
             tries = f"after {MAX_ROLLBACKS} rollbacks, each to another order of the data"
-            raise NonFiniteError(f"{why} ({tries})")
+            raise NonFiniteError(f"{why} ({tries})", step=reached)
         count, retaken = self.num_rollbacks + 1, self.num_retaken
         if self._checkpoints.go_back() is None:
             distributed.on_main(lambda: shutil.rmtree(self._best_folder, ignore_errors=True))
@@ -387,5 +391,6 @@ def _check_step(planned: PlannedPhase, step: int, metrics: Mapping[str, Any]) ->
     if in_a_row >= min(MAX_SKIPPED, planned.num_steps):
         raise NonFiniteError(
             f"loss or gradients were not finite in {in_a_row} steps in a row, up to step {step}, and all were skipped; "
-            "try a lower learning rate or clip_norm, or look for what is wrong with the data"
+            "try a lower learning rate or clip_norm, or look for what is wrong with the data",
+            step=step,
         )

@@ -12,6 +12,8 @@ from jxfer.sharding import check_placement
 from jxfer.typing import InputError
 from jxfer.variants import why_not_together
 
+_SOLVED = "solved once for all that begin alike"
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedPhase:
@@ -52,7 +54,7 @@ def plan_phases(experiment: Experiment, method: Method, model: nnx.Module) -> tu
         boundary = frozen_boundary(partition, stages)
         first = _first_trained(partition, stages)
         stored, why = (_feature_choice if phase.solver is None else _solver_choice)(experiment, boundary)
-        apart = why_not_together(partition, boundary, moved) if phase.solver is None else "solved once for all"
+        apart = why_not_together(partition, boundary, moved) if phase.solver is None else _SOLVED
         planned.append(PlannedPhase(phase, end - start, partition, boundary, stored, why, first, apart))
         moved |= {leaf.path for leaf in partition.leaves if leaf.moves and leaf.kind != "random"}
     return tuple(planned)

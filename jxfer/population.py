@@ -68,20 +68,24 @@ def run_population(
     with _Keeper(contexts, planned, population, fixed, eval_step, splits.validation, index) as keeper:
         population = keeper.resume(population)
         with context.traced(planned, start=int(population.step)) as tracing:
-            population = train(
-                train_step,
-                population,
-                fixed,
-                batches(start=int(population.step)),
-                num_steps=planned.num_steps,
-                log_every=context.experiment.train.log_every,
-                on_window=functools.partial(keeper.log_window, together),
-                hooks=(*keeper.hooks(), *tracing),
-                on_stop=keeper.stop,
-                should_stop=context.session.should_stop,
-                check=keeper.check,
-                what=functools.partial(batch_name, context, planned),
-            )
+            try:
+                population = train(
+                    train_step,
+                    population,
+                    fixed,
+                    batches(start=int(population.step)),
+                    num_steps=planned.num_steps,
+                    log_every=context.experiment.train.log_every,
+                    on_window=functools.partial(keeper.log_window, together),
+                    hooks=(*keeper.hooks(), *tracing),
+                    on_stop=keeper.stop,
+                    should_stop=context.session.should_stop,
+                    check=keeper.check,
+                    what=functools.partial(batch_name, context, planned),
+                )
+            except NonFiniteError as error:
+                error.flops = error.step * together.step_flops
+                raise
     left = [variant for variant in range(num_variants) if variant not in keeper.failures]
     audit = _audit(planned, frozen, start, population, fixed, left)
     state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(population)) // population.alive.shape[0]

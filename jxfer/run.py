@@ -47,9 +47,10 @@ def run(job: Job, directory: Path, session: Session, *, source: Source | None) -
     }
     distributed.on_main(lambda: _record(job, task, hashes, directory))
     try:
-        outcomes, tried = train_variants(job, task, drawn, directory, session, source)
+        outcomes, failed, tried = train_variants(job, task, drawn, directory, session, source)
         chosen = max(outcomes, key=lambda outcome: rank(outcome.validation_metrics))
-        measured = measure(job, task, drawn, directory, chosen, source, session) | costs(outcomes, chosen) | tried
+        measured = measure(job, task, drawn, directory, chosen, source, session)
+        measured |= costs(outcomes, chosen, failed) | tried
         measured |= record(job.method, chosen.phases)
     except (NonFiniteError, ConvergenceError) as error:
         measured = {"status": "failed", "error": str(error), "metrics": None}

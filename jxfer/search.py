@@ -99,8 +99,8 @@ class Outcome:
 
 def train_variants(
     job: Job, task: Task, drawn: Drawn, directory: Path, session: Session, source: Source | None
-) -> tuple[list[Outcome], dict[str, Any]]:
-    """Returns the variants that trained to their end, and what the row says of all that were tried."""
+) -> tuple[list[Outcome], list[Candidate], dict[str, Any]]:
+    """Returns the variants that trained to their end, those that failed, and what the row says of all."""
     splits = Splits(drawn.train, drawn.validation)
     searched = variants(job.experiment, job.method)
     with session.at_once(f"checkpoints of {job.title} were being checked"):
@@ -121,7 +121,8 @@ def train_variants(
             populations.append({"phase": planned.phase.name, **population.to_json()})
     outcomes = [_outcome(candidate, splits) for candidate in candidates if candidate.error is None]
     tried = [_tried(candidate, outcomes) for candidate in candidates]
-    return outcomes, {"variants": tried, "population": populations}
+    failed = [candidate for candidate in candidates if candidate.error is not None]
+    return outcomes, failed, {"variants": tried, "population": populations}
 
 
 def _context(job: Job, variant: Variant, task: Task, directory: Path, session: Session, log: logs.LogRow) -> Context:

@@ -62,6 +62,8 @@ class NonFiniteError(FloatingPointError):
         super().__init__(message)
         self.step = step
         """The first such step, where that is known."""
+        self.flops = 0.0
+        """Floating-point operations of the phase up to it, which a search spent in vain."""
 
 
 class ConvergenceError(ArithmeticError):

@@ -24,6 +24,7 @@ from jxfer.partition import Partition, arrays_of
 from jxfer.predict import classifier
 from jxfer.run import run
 from jxfer.search import Job
+from jxfer.solvers.ridge import RidgePath
 from jxfer.source import load_run, load_source
 from jxfer.surgery.head import NewHead
 from jxfer.surgery.lora import LoRA, adapt, merged
@@ -349,6 +350,21 @@ def test_variants_whose_frozen_updates_differ_train_apart(experiment):
 
     assert parts(SearchConfig(learning_rate=(0.1, 0.2))) == [(2,), (2,)]
     assert parts(SearchConfig(adapter_scale=(0.5, 4.0))) == [(1, 1), (2,)]
+
+
+def test_features_under_updates_that_differ_are_counted_for_each(experiment, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("JXFER_CACHE", str(tmp_path / "cache"))
+    phases = (Phase("probe", ("head",), solver=RidgePath()), Phase("tune", ("head", "lora")))
+    method = dataclasses.replace(methods.lora, surgeries=(NewHead(), LoRA(EVERYWHERE)), phases=phases)
+    scales = SearchConfig(adapter_scale=(0.5, 4.0))
+    row, _ = finish(dataclasses.replace(experiment, search=scales), method, tmp_path / "two", source)
+    alone, _ = finish(experiment, method, tmp_path / "one", source)
+    for name in ("examples", "flops"):
+        assert row["features"][name] == 2 * alone["features"][name], name
+    assert row["features"]["reused"] == 0
+    rates = dataclasses.replace(experiment, search=SearchConfig(learning_rate=(0.1, 1.0)))
+    shared, _ = finish(rates, method, tmp_path / "rates", source)
+    assert shared["features"]["examples"] == alone["features"]["examples"]
 
 
 def test_methods_without_adapters_are_not_searched_for_their_scale(experiment):

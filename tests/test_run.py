@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,9 @@ def test_a_variant_that_diverges_fails_alone(experiment, sources, tmp_path):
     assert (row["status"], row["variant"]) == ("ok", "learning_rate=0.01")
     errors = {variant["variant"]: variant.get("error") for variant in row["variants"]}
     assert errors["learning_rate=0.01"] is None
-    assert "at step" in errors["learning_rate=1e+30"]
+    failed_at = int(re.search(r"at step (\d+)", errors["learning_rate=1e+30"])[1])
+    steps = row["steps"] + failed_at
+    assert row["train_flops"] == pytest.approx(steps * row["step_flops"]), "what was tried in vain has its cost too"
 
 
 def test_a_run_whose_every_variant_diverges_is_a_failed_row_naming_step_and_metric(experiment, sources, tmp_path):
