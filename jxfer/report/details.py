@@ -57,6 +57,17 @@ def features_table(results: Results) -> Table | None:
     return Table(header, tuple(rows), note="Means per run.") if rows else None
 
 
+def saving_table(plans: Sequence[dict[str, Any]]) -> Table | None:
+    """What the plans say that storing takes and saves, by method and phase; None where no phase stores features."""
+    rows = [
+        (Cell(str(plan["method"])), Cell(str(phase["name"])), Cell(said.removeprefix("stored: ")))
+        for plan in plans
+        for phase in plan.get("phases", ())
+        if (said := str(phase.get("features") or "")).startswith("stored: ")
+    ]
+    return Table(("Method", "Phase", "What it takes and saves, by the plan"), tuple(rows)) if rows else None
+
+
 def population_table(results: Results) -> Table | None:
     """How the settings of each search shared their training, by method and phase; None where nothing was searched."""
     rows = []

@@ -140,6 +140,8 @@ def _source(material: Material) -> tuple[Block, ...]:
 def _sharing(material: Material) -> tuple[Block, ...]:
     stored, together = details.features_table(material.results), details.population_table(material.results)
     blocks: list[Block] = [Text("Features stored at the frozen boundary", tone="best"), stored] if stored else []
+    if stored and (saving := details.saving_table(material.plans)):
+        blocks.append(saving)
     if together:
         blocks += [Text("Settings of the search that trained together", tone="best"), together]
     return tuple(blocks)

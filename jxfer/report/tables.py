@@ -116,7 +116,7 @@ def put_aside_table(results: Results) -> Table | None:
 
 
 def runs_table(results: Results) -> Table:
-    """Every run with its accuracy, its chosen setting and the hashes of what it was made from."""
+    """Every run with its accuracy, its chosen setting, its audit and the hashes of what it was made from."""
     hashes = ("config_hash", "subset_hash", "weights_hash")
     rows = [
         (
@@ -127,12 +127,13 @@ def runs_table(results: Results) -> Table:
             _ratio_cell(accuracy_of(row)),
             seconds(row.get("seconds")),
             Cell(_setting(row.get("variant"))),
+            _audit_cell(row.get("audit")),
             *(Cell(str(row.get(name) or "–")) for name in hashes),
         )
         for row in results.rows
     ]
     header = ("Method", "Examples per class", "Seed", "Status", "Accuracy %", "Time", "Setting chosen on validation")
-    return Table((*header, "Config", "Subset", "Weights"), tuple(rows))
+    return Table((*header, "Audit", "Config", "Subset", "Weights"), tuple(rows))
 
 
 def leaves_table(phase: dict[str, Any]) -> Table:
@@ -189,6 +190,16 @@ def _audit_cells(audits: Sequence[dict[str, Any]]) -> tuple[Cell, ...]:
         Cell(f"{unchanged} of {len(audits)}", unchanged, "good" if unchanged == len(audits) else "bad"),
         Cell(f"{moved} of {total}" if total else "nothing trains", moved, "good" if moved == total else "bad"),
     )
+
+
+def _audit_cell(audit: dict[str, Any] | None) -> Cell:
+    """`unchanged, 6 of 6 moved`: what was frozen, and what was to train."""
+    if not audit:
+        return Cell("–", tone="muted")
+    unchanged, moved, total = (audit.get(name) for name in ("frozen_unchanged", "trainable_moved", "trainable_total"))
+    passed = bool(unchanged) and moved == total
+    text = f"{'unchanged' if unchanged else 'changed'}, {moved} of {total} moved"
+    return Cell(text, tone="good" if passed else "bad")
 
 
 def _shots_cell(shots: Shots) -> Cell:
