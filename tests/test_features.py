@@ -220,17 +220,24 @@ ALL = [
     *itertools.product(("resnet18_32",), ("layer1", "layer2", "layer3", "layer4", "head")),
     *itertools.product(("alexnet",), ("conv2", "conv3", "conv4", "conv5", "hidden1", "hidden2", "head")),
     *itertools.product(("vit",), ("blocks/0", "blocks/1", "norm", "head")),
-    *itertools.product(("vit_scan",), ("blocks/1", "blocks/2", "head")),
+    *itertools.product(("vit_scan",), ("blocks/0", "blocks/1", "blocks/2", "norm", "head")),
     *itertools.product(("bert",), ("blocks/0", "blocks/1", "head")),
     *itertools.product(("rnn",), ("layers/0", "layers/1", "head")),
-    *itertools.product(("audio_cnn",), ("layer1", "layer2", "head")),
-    ("vgg", "layer4"),
-    ("squeezenet", "layer2"),
-    ("mobilenet", "layer5"),
-    ("convnext", "layer3"),
-    ("speech", "layer3"),
+    *itertools.product(("audio_cnn",), ("layer1", "layer2", "layer3", "head")),
+    *itertools.product(("vgg",), ("layer2", "layer3", "layer4", "layer5", "hidden1", "hidden2", "head")),
+    *itertools.product(("squeezenet",), ("layer1", "layer2", "layer3", "head")),
+    *itertools.product(("mobilenet",), (*(f"layer{number}" for number in range(1, 8)), "top", "head")),
+    *itertools.product(("convnext",), ("layer1", "layer2", "layer3", "layer4", "norm", "head")),
+    *itertools.product(("speech",), ("stem", *(f"layer{number}" for number in range(1, 6)), "embed", "head")),
 ]
 CUTS = [*QUICK, *(pytest.param(*cut, marks=pytest.mark.slow) for cut in ALL if cut not in QUICK)]
+
+
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, *OTHERS])
+def test_every_boundary_of_every_kind_is_among_the_cuts(name):
+    model = nnx.eval_shape(lambda: build(name))
+    parts = {stage for stage in model.stages[1:] if any(stage_of(path, (stage,)) for path in arrays_of(model))}
+    assert {first for kind, first in ALL if kind == name} == parts
 
 
 def assert_equal_training(name: str, first: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import runs
 from flax import nnx
 
-from jxfer import checkpoint, methods, plan, search
+from jxfer import checkpoint, methods, plan, population, search
 from jxfer.config import Experiment, Method, Phase, SearchConfig
 from jxfer.partition import Partition
 from jxfer.run import run
@@ -172,7 +172,18 @@ def test_devices_share_a_population(experiment, source, tmp_path, monkeypatch, f
     search = SearchConfig(learning_rate=RATES)
     one, _ = finish(searching(experiment, search, features=features), methods.linear_probe, tmp_path / "one", source)
     runs.use_devices(monkeypatch, 4)
+    placed, place = [], population.place_population
+
+    def spy(*args, **kwargs):
+        placed.append(place(*args, **kwargs))
+        return placed[-1]
+
+    monkeypatch.setattr(population, "place_population", spy)
     row, _ = finish(searching(experiment, search, features=features), methods.linear_probe, tmp_path / "four", source)
+    shards = placed[0][0].state.params["head/kernel"].sharding.shard_shape((4, 8, 3))
+    assert shards == ((1, 8, 3) if features == "auto" else (4, 8, 3)), (
+        "one variant each, or all and a part of the batch"
+    )
     for name, metrics in metrics_by_variant(one).items():
         assert metrics_by_variant(row)[name] == pytest.approx(metrics, rel=1e-5), name
 
@@ -220,6 +231,18 @@ def test_plans_say_which_variants_train_together_and_why_not(experiment):
     text = str(plan.plan_method(experiment, methods.partial, task))
     assert "convolutions such as" in text
     assert "6, one after the other" in text
+
+
+def test_a_plan_says_how_a_population_too_large_for_the_device_is_split(experiment, monkeypatch):
+    experiment = searching(experiment, SOFT)
+    task = Task(runs.SOURCE_CLASSES, runs.TARGET_CLASSES, (8, 8, 1))
+    (whole,) = plan.plan_method(experiment, methods.linear_probe, task).populations
+    memory = 4 * whole.bytes_each
+    monkeypatch.setattr(plan, "device_memory", lambda: memory)
+    planned = plan.plan_method(experiment, methods.linear_probe, task)
+    assert planned.populations[0].parts == (3, 3)
+    said = f"2 populations, one after the other: a variant takes {whole.bytes_each:,} bytes and {memory:,} bytes may be"
+    assert said in str(planned)
 
 
 def test_variants_that_differ_in_what_is_frozen_train_apart(experiment):

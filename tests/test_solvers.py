@@ -5,13 +5,16 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import decomposition
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
+import jxfer
 from jxfer.config import to_dict
 from jxfer.solvers import logistic
 from jxfer.solvers.basis import BLOCK, principal, principal_with_targets
@@ -86,6 +89,28 @@ def test_logistic_regression_has_the_coefficients_of_scikit_learn():
     np.testing.assert_allclose(heads.kernels[0], expected.coef_.T, atol=1e-4)
     bias = expected.intercept_ - expected.intercept_.mean()
     np.testing.assert_allclose(heads.biases[0] - jnp.mean(heads.biases[0]), bias, atol=5e-4)  # no penalty holds it
+
+
+def test_a_linear_head_by_adam_comes_to_the_loss_and_the_predictions_of_scikit_learn():
+    features, labels, test = make_features()
+    strength, num_steps = 0.01, 1000
+    head = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    partition = jxfer.Partition.of(head, [("**", "head")])
+    tx = partition.optimizer({"head": optax.adam(optax.cosine_decay_schedule(0.3, num_steps))})
+    state, fixed = jxfer.init_state(head, partition, tx)
+    train_step = jxfer.make_train_step(
+        jxfer.objectives.classification(),
+        apply=lambda model, batch: model(batch["features"]),
+        penalties=(lambda params, _: strength / 2 * jnp.sum(jnp.square(params["kernel"])),),
+    )
+    for _ in range(num_steps):
+        state, _ = train_step(state, fixed, {"features": features, "label": labels})
+    expected = reference(features, labels, strength)
+    loss = objective(expected.coef_.T, expected.intercept_, features, labels, strength)
+    found = state.params
+    assert objective(found["kernel"], found["bias"], features, labels, strength) == pytest.approx(loss, abs=1e-4)
+    agree = np.argmax(test @ found["kernel"] + found["bias"], 1) == expected.predict(test)
+    assert agree.mean() >= 1 - 1 / len(test), "a test example may lie on the border"
 
 
 def test_a_path_that_is_split_is_the_path():
