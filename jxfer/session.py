@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -16,6 +18,9 @@ from jxfer.loop import Session
 from jxfer.progress import progress
 from jxfer.typing import InterruptedRun
 from jxfer.xla_flags import set_xla_flags
+
+AGAIN_SECS = 0.1
+"""After which a signal comes again that could not end anything when it came."""
 
 
 def prepare_jax() -> None:
@@ -39,9 +44,20 @@ def prepare_jax() -> None:
 
 
 def _print_unless_known(unraisable: Any) -> None:
-    """Prints what cannot be raised, but not that TensorStore has no one to tell of other writes once one has failed."""
-    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+    """Prints what cannot be raised, but not that TensorStore has no one to tell of other writes once one has failed.
+
+    A signal that came while Python collected garbage, where nothing can be raised, comes again.
+    """
+    if isinstance(unraisable.exc_value, _AtOnce):
+        threading.Thread(target=_come_again, daemon=True).start()
+    elif not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
+
+
+def _come_again() -> None:
+    time.sleep(AGAIN_SECS)
+    if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Signals):  # else the work has ended
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

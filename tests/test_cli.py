@@ -233,6 +233,23 @@ def test_signals_ask_the_loop_to_stop_and_the_second_interrupt_insists():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_comes_where_nothing_can_be_raised_still_ends_what_it_may_end_at_once(monkeypatch):
+    class Collected:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def sleep():
+        with session.stopped_at_once("it slept"):
+            Collected()
+            time.sleep(30)
+
+    monkeypatch.setattr(sys, "unraisablehook", session._print_unless_known)
+    began = time.monotonic()
+    with pytest.raises(InterruptedRun, match="stopped while it slept"):
+        sleep()
+    assert time.monotonic() - began < 10
+
+
 def test_the_compilation_cache_is_ours_unless_the_user_has_one(monkeypatch, tmp_path):
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
