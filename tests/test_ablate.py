@@ -202,7 +202,7 @@ def test_a_failed_run_is_a_row_and_the_ablation_goes_on(experiment, tmp_path):
     assert ablate.ablate(failing, tmp_path, runs.QUIET, command="test") == [failed, fine]
 
 
-def test_the_command_says_which_run_failed_and_exits_with_3(experiment, tmp_path, monkeypatch, capsys):
+def test_the_command_says_which_run_failed_and_exits_with_3(experiment, tmp_path, monkeypatch, capsys, sketched):
     weights, source, target = experiment.source.weights, experiment.source.data.name, experiment.target.name
     file = tmp_path / "experiment.py"
     file.write_text(f'''"""A grid whose every step overflows."""

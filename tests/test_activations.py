@@ -1,4 +1,4 @@
-"""The prediction of what a backward pass keeps: against compiled programs and a count by hand."""
+"""The prediction of what a backward pass keeps: against a count by hand; `test_remat.py` has compiled programs."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_remat
 from flax import nnx
+from test_remat import FACTOR
 
 from jxfer import sharding
 from jxfer.activations import activations_of
@@ -25,10 +25,6 @@ from jxfer.task import Task, base_model
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ONE_AXIS = MeshConfig()
-
-FACTOR = 1.5
-"""Between the prediction and XLA's temporary bytes, which also hold gradients and what a layer needs while it runs, and
-lack what XLA computes again or never stores."""
 
 
 class Mlp(nnx.Module):
@@ -54,19 +50,6 @@ def test_of_two_layers_exactly_what_calculus_needs_is_kept():
     assert kept["all"].kept - kept["head"].kept == 4 * 16 * 32
     assert kept["head"].kept >= 4 * 16 * 32
     assert (kept["all"].num_examples, kept["all"].remat) == (16, kept["all"].kept)
-
-
-@pytest.mark.parametrize("name", test_remat.CASES)
-def test_the_prediction_is_within_a_factor_of_what_xla_allocates(name):
-    state, fixed, batch, first = test_remat.start(name)
-    batch |= {"mask": np.ones(8, np.float32)}
-    found = activations_of(classification(), from_input, first, state, fixed, batch)
-    allocated = test_remat.compiled(name, False)[2]
-    assert allocated / FACTOR < found.kept < FACTOR * allocated
-    assert found.remat < 0.6 * found.kept
-    if "scanned" in name:  # elsewhere XLA undoes it on CPUs
-        allocated = test_remat.compiled(name, True)[2]
-        assert allocated / 2 < found.remat < 2 * allocated
 
 
 def planned(method=fine_tuning, mesh=ONE_AXIS, **settings):

@@ -163,10 +163,15 @@ def test_ten_epochs_on_stored_features_take_one_pass_of_the_extractor(script, ca
     assert all(name in printed for name in results)
 
 
-def test_a_population_shares_the_backbone(script, capsys):
+def test_a_population_shares_the_backbone(script):
     population = script("population")
     one, eight = population.flops_of_heads("convnet", 8)
     assert one < eight < 1.1 * one
+
+
+@pytest.mark.slow
+def test_a_population_is_timed_beside_loops_of_single_runs(script, capsys):
+    population = script("population")
     (ratios,) = population.main(["--quick"]).values()
     assert {population.POPULATION, population.STEPS_BY_JXFER, population.SCANS} <= ratios.keys()
     assert "the FLOPs of one" in capsys.readouterr().out

@@ -327,7 +327,7 @@ def test_a_stop_while_the_report_is_built_ends_with_its_status_too(number, trial
     assert signal.getsignal(number) is before
 
 
-def test_an_ablation_stops_on_sigterm_continues_and_then_has_nothing_to_do(trial, capsys):
+def test_an_ablation_stops_on_sigterm_continues_and_then_has_nothing_to_do(trial, capsys, sketched):
     args = ["ablate", "trial.py", "--methods", "scratch", "--train.num_steps", "200"]
     args += ["--train.checkpoint_every", "50", "--train.eval_every", "100"]
     checkpoints = trial / "out" / "trial" / "runs" / "scratch-shots1-seed0" / "checkpoints"

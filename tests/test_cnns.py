@@ -52,7 +52,13 @@ def abstract(make: Any, size: Any, *, dtype="float32", num_classes=5) -> nnx.Mod
     return nnx.eval_shape(lambda: make(size, **settings, rngs=nnx.Rngs(0)))
 
 
-@pytest.fixture(scope="module", params=PUBLISHED, name="published")
+DEEP = {"resnet101": pytest.mark.slow, "vgg16": pytest.mark.slow, "vgg16_bn": pytest.mark.slow}
+"""More of the same: `test_models.py` has the other depths of a ResNet, `vgg11` is one here."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=DEEP.get(name, ())) for name in PUBLISHED], name="published"
+)
 def _published(request: pytest.FixtureRequest) -> tuple[str, nnx.Module]:
     return request.param, abstract(*PUBLISHED[request.param], dtype="bfloat16", num_classes=1000)
 

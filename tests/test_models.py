@@ -28,6 +28,7 @@ COUNTS = {
 
 # One depth of each architecture: the others differ in nothing but repetition.
 NAMES = ("convnet", "convnet_dropout", "resnet20", "resnet18", "resnet18_32", "resnet50")
+QUICK = [pytest.param(name, marks=pytest.mark.slow if name == "resnet50" else ()) for name in NAMES]
 
 
 def make(name: str, *, input_shape=(32, 32, 3), dtype="float32", num_classes=10, rngs: nnx.Rngs) -> nnx.Module:
@@ -64,7 +65,7 @@ def test_parameter_names_follow_torchvision():
     assert "layer4/1/downsample/conv/kernel" not in shapes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("input_shape", [(32, 32, 1), (50, 37, 3)], ids=["grey", "oblong"])
 def test_logits_and_features_have_their_shapes(name, input_shape):
     model = abstract(name, input_shape=input_shape, num_classes=7)
@@ -74,7 +75,7 @@ def test_logits_and_features_have_their_shapes(name, input_shape):
     assert features.shape == (2, model.head.in_features)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_bfloat16_computes_in_bfloat16_around_float32_parameters_and_logits(name):
     model = abstract(name, dtype="bfloat16")
     assert {variable.get_value().dtype for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))} == {

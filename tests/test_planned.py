@@ -51,7 +51,11 @@ def test_rates_fall_with_the_distance_from_the_head_block_by_block():
     assert scales["blocks/0/mlp/up/kernel"] == pytest.approx(0.1 * 0.5**4)
 
 
-@pytest.mark.parametrize("method", [methods.linear_probe, methods.fine_tuning, methods.partial], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [methods.linear_probe, pytest.param(methods.fine_tuning, marks=pytest.mark.slow), methods.partial],
+    ids=lambda m: m.name,
+)
 def test_a_loop_over_blocks_trains_the_same_leaves_for_the_same_flops(method):
     off = dataclasses.replace(experiment_of(), features="off")
     ((listed, cost),) = plan_method(off, method, TASK).phases

@@ -189,6 +189,12 @@ def test_the_page_asks_nothing_of_other_hosts(built: Path):
     assert "default-src 'none'" in page
 
 
+def test_without_scripts_every_row_is_there(built: Path):
+    html = re.sub(r"<script>.*?</script>|<wbr>", "", (built / "report.html").read_text(), flags=re.DOTALL)
+    assert all(f"<td>{method}</td>" in html for method in METHODS)
+    assert "<noscript" not in html
+
+
 def test_markup_in_names_and_errors_stays_text(built: Path):
     page = (built / "report.html").read_text()
     assert "<b>&quot;x" not in page
@@ -260,7 +266,7 @@ def test_failed_runs_are_listed_and_leave_the_means(built: Path):
     assert re.search(r"\| lp_ft \| (?:≈ )?\d+\.\d ± \d+\.\d \(n = 4\)", text)
 
 
-def test_runs_that_skipped_steps_or_went_back_are_listed(tmp_path: Path):
+def test_runs_that_skipped_steps_or_went_back_are_listed(tmp_path: Path, sketched):
     write_fake(tmp_path, methods=("partial", "scratch"), shots=(5,), seeds=2)
     file = tmp_path / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -279,7 +285,7 @@ def test_runs_that_skipped_steps_or_went_back_are_listed(tmp_path: Path):
     ]
 
 
-def test_settings_that_were_put_aside_are_listed_with_why(tmp_path: Path):
+def test_settings_that_were_put_aside_are_listed_with_why(tmp_path: Path, sketched):
     write_fake(tmp_path, methods=("partial", "scratch"), shots=(5,), seeds=2)
     file = tmp_path / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -312,7 +318,7 @@ def test_a_directory_without_runs_is_an_input_error(tmp_path: Path):
         report.build(tmp_path)
 
 
-def test_all_failed_is_reported_as_such(tmp_path: Path):
+def test_all_failed_is_reported_as_such(tmp_path: Path, sketched):
     failed = {("scratch", 1, 0), ("partial", 1, 0)}
     report.build(write_fake(tmp_path, methods=("scratch", "partial"), shots=(1,), seeds=1, fail=failed))
     text = (tmp_path / "report.md").read_text()
@@ -331,7 +337,7 @@ def test_only_results_are_needed(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["accuracy.png", "cost.png", "settings.png"]
 
 
-def test_broken_predictions_are_counted_in_the_caption(tmp_path: Path):
+def test_broken_predictions_are_counted_in_the_caption(tmp_path: Path, sketched):
     write_fake(tmp_path, methods=("partial",), shots=(None,), seeds=2)
     (tmp_path / "runs/partial-shotsall-seed1/predictions.npz").write_bytes(b"PK torn")
     report.build(tmp_path)
@@ -345,7 +351,7 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path):
         report.build(tmp_path)
 
 
-def test_hundreds_of_classes_get_a_list_of_errors_instead_of_a_matrix(tmp_path: Path):
+def test_hundreds_of_classes_get_a_list_of_errors_instead_of_a_matrix(tmp_path: Path, sketched):
     write_fake(tmp_path, methods=("partial",), shots=(1,), seeds=1)
     K = 300
     labels = np.arange(600, dtype=np.int32) % K

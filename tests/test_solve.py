@@ -45,7 +45,7 @@ def run_method(experiment, method: Method, directory, source) -> dict:
     return run.run(Job(experiment, method, 3, 0), directory, runs.QUIET, source=source)
 
 
-@pytest.mark.parametrize("name", SOLVED)
+@pytest.mark.parametrize("name", [*SOLVED[:-1], pytest.param("head2toe", marks=pytest.mark.slow)])
 def test_the_variants_of_a_solver_are_its_path_and_a_search_changes_nothing(experiment, source, tmp_path, name):
     searching = dataclasses.replace(experiment, search=SearchConfig(learning_rate=(1e-3, 1e-2)))
     row = run_method(searching, methods.METHODS[name], tmp_path, source)

@@ -100,8 +100,8 @@ def test_text_encoders_have_the_published_number_of_parameters(name, pooling, ex
         ("vit_ti_16", (224, 224, 3), 1000, 5_717_416),
         ("vit_s_16", (224, 224, 3), 1000, 22_050_664),
         ("vit_b_16", (224, 224, 3), 1000, 86_567_656),
-        ("vit_b_32", (224, 224, 3), 1000, 88_224_232),
-        ("vit_l_16", (224, 224, 3), 1000, 304_326_632),
+        pytest.param("vit_b_32", (224, 224, 3), 1000, 88_224_232, marks=pytest.mark.slow),
+        pytest.param("vit_l_16", (224, 224, 3), 1000, 304_326_632, marks=pytest.mark.slow),
         ("deit_s_16_distilled", (224, 224, 3), 1000, 22_436_432 - 1000),  # two heads made one have one bias
     ],
 )
@@ -111,7 +111,11 @@ def test_vision_transformers_have_the_published_number_of_parameters(name, shape
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("convnext_tiny", 28_589_128), ("convnext_small", 50_223_688), ("convnext_base", 88_591_464)],
+    [
+        ("convnext_tiny", 28_589_128),
+        pytest.param("convnext_small", 50_223_688, marks=pytest.mark.slow),
+        pytest.param("convnext_base", 88_591_464, marks=pytest.mark.slow),
+    ],
 )
 def test_convnexts_have_the_published_number_of_parameters(name, expected):
     assert count(ConvNeXt, convnext.CONFIGS[name], (224, 224, 3), 1000) == expected
@@ -143,7 +147,7 @@ def test_activations_have_the_type_the_model_computes_in_and_parameters_stay_flo
     assert nnx.eval_shape(lambda model, x: model(x), model, example(name)).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["bert pooler", "registers"])
+@pytest.mark.parametrize("name", [pytest.param("bert pooler", marks=pytest.mark.slow), "registers"])
 def test_scanned_and_looped_models_have_the_same_paths_and_outputs(name):
     looped, scanned = build(name), abstract(name, scan=True)
     assert list(arrays_of(scanned)) == list(arrays_of(looped))
@@ -153,7 +157,7 @@ def test_scanned_and_looped_models_have_the_same_paths_and_outputs(name):
         np.testing.assert_allclose(run(scanned, example(name)), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert pooler", "roberta"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("bert pooler", marks=pytest.mark.slow), "roberta"])
 def test_padding_changes_nothing(name):
     model, ids = inference(build(name)), example(name)
     padded = jnp.concatenate([ids, jnp.full((2, 4), TINY[name][1].pad_id)], axis=1)
