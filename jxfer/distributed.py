@@ -101,6 +101,8 @@ def start(options: Mapping[str, str]) -> bool:
         jax.config.update("jax_enable_preemption_service", False)
     with _deadline(place):
         try:
+            # Where process 0 is killed its service is gone, and jax ends the others in its own words before a thread of
+            # Python runs; a `missed_heartbeat_callback` in Python aborts (std::bad_cast, jaxlib 0.10.2).
             jax.distributed.initialize(
                 place.coordinator,
                 place.num_processes,
