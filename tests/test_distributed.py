@@ -607,10 +607,18 @@ def test_a_port_that_is_taken_is_named():
 
 
 @pytest.mark.slow  # an ablation of all kinds of phases, four times
-@pytest.mark.parametrize(("fsdp", "cache"), [(1, "cache"), (4, "cache-of-{process}")], ids=["data", "fsdp, own caches"])
-def test_an_ablation_of_two_processes_is_that_of_one(experiment, tmp_path, fsdp, cache):
+@pytest.mark.parametrize(
+    ("mesh", "cache"),
+    [
+        ([], "cache"),
+        (["--mesh.fsdp", "4"], "cache-of-{process}"),
+        (["--mesh.model", "2", "--mesh.fsdp", "2", "--mesh.trainable", "**=tensor+fsdp"], "cache"),
+    ],
+    ids=["data", "fsdp, own caches", "tensor+fsdp"],
+)
+def test_an_ablation_of_two_processes_is_that_of_one(experiment, tmp_path, mesh, cache):
     search = ["--search.learning_rate", "0.2,0.3", "--methods", "fine_tuning,linear_probe,logistic_probe"]
-    args = ["ablate", experiment, "--mesh.fsdp", str(fsdp), *search]
+    args = ["ablate", experiment, *mesh, *search]
     for name, settings in {"two": {"count": 2, "devices": 2}, "one": {"count": 1, "devices": 4}}.items():
         env = {"JXFER_CACHE": str(tmp_path / f"{name}-{cache}")}
         ended = processes.run([*args, "--out", str(tmp_path / name)], env=env, **settings)
@@ -625,4 +633,4 @@ def test_an_ablation_of_two_processes_is_that_of_one(experiment, tmp_path, fsdp,
     assert_close(tmp_path / "two", tmp_path / "one")
     assert (tmp_path / "two" / "report.html").exists()
     stores = [sorted(folder.glob("features/*/*.array_record")) for folder in tmp_path.glob("two-*")]
-    assert [len(files) for files in stores] == ([1] if fsdp == 1 else [1, 1])
+    assert [len(files) for files in stores] == ([1] if cache == "cache" else [1, 1])
