@@ -165,7 +165,8 @@ def delta(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Returns the arrays that are neither the source's of the same path, in every bit, nor these rounded to `dtype`.
 
-    And the paths of those that are the latter.
+    And the paths of those that are the latter. Where there is none, as of a source that is used as it is, the smallest
+    array stands for them: a checkpoint of nothing cannot be written.
     """
 
     def same(value: Any, old: Any) -> bool:
@@ -176,7 +177,9 @@ def delta(
     differing = {path: value for path, value in arrays.items() if not same(value, source.arrays.get(path))}
     known = {path: source.arrays[path] for path in differing if path in source.arrays}
     rounds = tuple(path for path, old in known.items() if same(differing[path], rounded(path, old, dtype)))
-    return {path: value for path, value in differing.items() if path not in rounds}, rounds
+    kept = {path: value for path, value in differing.items() if path not in rounds}
+    smallest = min(arrays, key=lambda path: arrays[path].size)
+    return kept or {smallest: arrays[smallest]}, rounds
 
 
 def base_record(

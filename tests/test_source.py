@@ -154,6 +154,17 @@ def test_a_delta_holds_what_trained_and_is_whole_on_its_base(delta_run):
     assert isinstance(whole.build(), nnx.Module)
 
 
+def test_a_run_that_changes_nothing_is_whole_on_its_base_too(experiment, tmp_path):
+    same_classes = DataConfig(f"folder:{tmp_path / 'data' / 'source'}")
+    trial = dataclasses.replace(experiment, target=same_classes, save="delta")
+    ablate.ablate(runs.with_methods(trial, methods.zero_shot), tmp_path / "out", runs.QUIET, command="")
+    directory = tmp_path / "out" / "runs" / "zero_shot-shots3-seed0"
+    kept, _ = checkpoint.load_arrays(directory / "checkpoints" / "final")
+    assert len(kept) == 1
+    for path, value in arrays_of(runs.build_source(MODEL)).items():
+        np.testing.assert_array_equal(source.load_run(directory).arrays[path], value, path)
+
+
 def test_a_delta_on_another_base_is_an_error(delta_run, tmp_path):
     base = source.load_source(delta_run.parents[1] / "source")
     assert source.load_run(delta_run, base=base).arrays
