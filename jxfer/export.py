@@ -181,7 +181,10 @@ def _card(run: FinishedRun, naming: Naming | None, files: list[Path]) -> str:
         *(f"- `{file.name}`, {os.path.getsize(file):,} bytes" for file in files),
     ]
     if partition.exists():
-        lines += ["", "## What trained", "", "```", partition.read_text().rstrip(), "```"]
+        trained = partition.read_text().rstrip()
+        lines += ["", "## What trained", "", "```", trained, "```"]
+        if "/lora/" in trained:
+            lines += ["", "The files have the updates under `lora/` merged into the kernels that they lay beside."]
     return "\n".join([*lines, ""])
 
 

@@ -185,9 +185,9 @@ def plan_method(experiment: Experiment, method: Method, task: Task) -> Plan:
         lambda: target_model(base_model(experiment.model, method, task, seed=0), method, task, source=None, seed=0)
     )
     searched = variants(experiment, method)
-    planned = plan_phases(experiment, method, model)
+    planned, prepared = plan_phases(experiment, method, model), _prepared(experiment, task)
     phases = tuple(
-        (_with_saving(experiment, each, cost, model, task), cost)
+        (with_saving(experiment, each, cost, model, prepared, num_examples=task.num_examples), cost)
         for each in planned
         for cost in [abstract_cost(experiment, method, each, model, task)]
     )
@@ -215,14 +215,6 @@ def _activations(
     state, fixed = _abstract_state(experiment, method, planned, model)
     objective = classification(train.label_smoothing)
     return activations_of(objective, _apply(planned), planned.first_trained, state, fixed, batch)
-
-
-def _with_saving(
-    experiment: Experiment, planned: PlannedPhase, cost: Cost, model: nnx.Module, task: Task
-) -> PlannedPhase:
-    if planned.phase.solver is not None:  # it has no epochs that could be shorter
-        return planned
-    return with_saving(experiment, planned, cost, model, _prepared(experiment, task), num_examples=task.num_examples)
 
 
 def plan_population(

@@ -29,7 +29,7 @@ def with_saving(
     Args:
       experiment: with the size of its batches.
       planned: the phase.
-      cost: of one of its steps on stored features.
+      cost: of one of its steps on stored features; a solver has no epochs that could be shorter.
       model: abstract.
       inputs: a batch as the model reads it.
       num_examples: 0 where they are not known, and nothing is predicted.
@@ -46,13 +46,13 @@ def with_saving(
     num_rows = num_examples * (experiment.views or 1)
     num_bytes = num_rows * sum(math.prod(row.shape[1:]) * row.dtype.itemsize for row in rows)
     once = predicted_flops(run, shapes, inputs) / len(inputs) * num_rows
-    epoch = cost.step_flops / experiment.train.batch_size * num_examples
-    online = epoch + once / (experiment.views or 1)
-    parts = [
-        planned.why,
-        f"{_bytes(num_bytes)} for all {num_examples:,} examples",
-        f"an epoch of these takes {epoch:.2g} FLOPs instead of {online:.2g}, after {once:.2g} once",
-    ]
+    parts = [planned.why, f"{_bytes(num_bytes)} for all {num_examples:,} examples"]
+    if planned.phase.solver is not None:
+        parts.append(f"computing them takes {once:.2g} FLOPs")
+    else:
+        epoch = cost.step_flops / experiment.train.batch_size * num_examples
+        online = epoch + once / (experiment.views or 1)
+        parts.append(f"an epoch of these takes {epoch:.2g} FLOPs instead of {online:.2g}, after {once:.2g} once")
     if num_bytes > limit_bytes():
         parts.append(f"more than {LIMIT}={limit_bytes() / 1e9:g} allows")
     return dataclasses.replace(planned, why="; ".join(parts))

@@ -28,7 +28,7 @@ from jxfer.config import (
     TrainConfig,
 )
 from jxfer.data import Dataset
-from jxfer.methods import feature_retraining, fine_tuning, linear_probe, partial, zero_shot
+from jxfer.methods import feature_retraining, fine_tuning, linear_probe, partial, ridge_probe, zero_shot
 from jxfer.partition import arrays_of
 from jxfer.plan import plan_method, plan_phases, start_phase
 from jxfer.task import Task, base_model, target_model
@@ -289,6 +289,13 @@ def test_a_step_on_stored_features_costs_a_small_share_of_the_online_one(monkeyp
     predicted = float(re.search(r"instead of (\S+),", planned.why)[1])
     epoch = online.step_flops / experiment.train.batch_size * 1000
     assert predicted == pytest.approx(epoch, rel=0.1), "before what XLA makes of it"
+
+
+def test_the_plan_of_a_solver_says_what_its_features_take():
+    task = dataclasses.replace(TASK, num_examples=1000)
+    ((planned, _),) = plan_method(EXPERIMENT, ridge_probe, task).phases
+    width = abstract(ridge_probe).head.in_features
+    assert f"; {4 * width / 1000:,.1f} MB for all 1,000 examples; computing them takes " in planned.why
 
 
 def test_the_classes_come_from_the_data_and_from_the_record_of_a_run(tmp_path, monkeypatch):

@@ -60,10 +60,10 @@ def features_table(results: Results) -> Table | None:
 def saving_table(plans: Sequence[dict[str, Any]]) -> Table | None:
     """What the plans say that storing takes and saves, by method and phase; None where no phase stores features."""
     rows = [
-        (Cell(str(plan["method"])), Cell(str(phase["name"])), Cell(said.removeprefix("stored: ")))
+        (Cell(str(plan["method"])), Cell(str(phase["name"])), Cell(said.partition(": ")[2]))
         for plan in plans
         for phase in plan.get("phases", ())
-        if (said := str(phase.get("features") or "")).startswith("stored: ")
+        if (said := str(phase.get("features") or "")).startswith(("stored: ", "solved: "))
     ]
     return Table(("Method", "Phase", "What it takes and saves, by the plan"), tuple(rows)) if rows else None
 
