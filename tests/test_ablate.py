@@ -14,8 +14,6 @@ from jxfer.search import Job
 from jxfer.task import load_data
 from jxfer.typing import InputError, InterruptedRun
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GRID = (methods.zero_shot, methods.linear_probe)
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 from test_remat import FACTOR
 
@@ -21,8 +20,6 @@ from jxfer.planned import plan_phases
 from jxfer.state import init_state, place_state
 from jxfer.step import from_input
 from jxfer.task import Task, base_model
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ONE_AXIS = MeshConfig()
 

@@ -14,8 +14,6 @@ from jxfer.models.stages import run_stages
 from jxfer.partition import arrays_of
 from jxfer.typing import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = SpeechEmbeddingConfig(widths=(4, 4, 4, 4, 4))
 TINY_CNN = AudioCnnConfig(num_mels=16, widths=(4, 4, 4, 4))
 

@@ -18,8 +18,6 @@ from jxfer.models.stages import Staged, run_stages
 from jxfer.models.vgg import VGG, VGGConfig
 from jxfer.partition import Partition, frozen_boundary
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # torchvision's documentation; that of SqueezeNet is without its top, and ours has none of its own here.
 COUNTS = {
     "alexnet": 61_100_840,

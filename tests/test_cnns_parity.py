@@ -18,7 +18,7 @@ from jxfer.weights.names import squeezenet as squeezenet_names
 from jxfer.weights.names import vgg as vgg_names
 from jxfer.weights.naming import Naming
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 import torch_cnns  # noqa: E402 - needs torch
 from torch_cnns import (  # noqa: E402

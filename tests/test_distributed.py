@@ -31,8 +31,6 @@ from jxfer.state import init_state, place_state
 from jxfer.step import make_train_step
 from jxfer.typing import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 EXPERIMENT = '''"""A small transformer, whose gradients have no kinks at which roundings would be amplified."""
 
 from jxfer import methods

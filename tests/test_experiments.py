@@ -20,8 +20,6 @@ from jxfer.weights.load import weights_of
 from jxfer.weights.names import namings_of
 from jxfer.weights.save import export_tensors, write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.py"))
 
 

@@ -17,7 +17,7 @@ from jxfer.source import FinishedRun
 from jxfer.weights.names import identify
 from jxfer.weights.open import open_published
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compiles")]
+pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

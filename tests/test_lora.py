@@ -32,8 +32,6 @@ from jxfer.task import Task, load_data
 from jxfer.typing import InputError
 from jxfer.variants import variants
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 EVERYWHERE = (("head/**", 0), ("**", 2))
 
 SIZES = {

@@ -53,7 +53,7 @@ def open_files() -> list[str]:
     return sorted(found)
 
 
-def test_runs_give_back_arrays_handles_threads_and_objects(tmp_path, monkeypatch, quick_compiles):
+def test_runs_give_back_arrays_handles_threads_and_objects(tmp_path, monkeypatch):
     runs.add_models(monkeypatch)
     runs.use_devices(monkeypatch, 1)
     experiment = runs.with_methods(runs.write_data(tmp_path), methods.linear_probe, methods.fine_tuning, seeds=4)

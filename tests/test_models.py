@@ -13,8 +13,6 @@ from jxfer import models
 from jxfer.config import ModelConfig
 from jxfer.typing import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # He et al. 2015 and torchvision, less their 1000 outputs: the head here has 10.
 COUNTS = {
     "resnet20": 269_722,

@@ -29,8 +29,6 @@ from jxfer.step import make_train_step
 from jxfer.task import Task, load_data
 from jxfer.typing import InputError, InterruptedRun
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ALL = [("**", "all")]
 STEPS, BATCH = 12, 4
 

@@ -19,8 +19,6 @@ from jxfer.task import Task
 from jxfer.typing import InterruptedRun
 from jxfer.variants import parts_of, variants
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RATES = (1e-3, 1e-2, 3e-2)
 SOFT = SearchConfig(learning_rate=RATES, label_smoothing=(0.0, 0.2))
 STEPS = 6

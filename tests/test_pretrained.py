@@ -20,7 +20,6 @@ from jxfer.weights.names import namings_of
 from jxfer.weights.naming import Naming
 from jxfer.weights.save import export_tensors, write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 RESNET = ModelConfig("resnet18", size=(("num_blocks", "1,1,1,1"), ("widths", "8,8,8,16")))
 BERT = ModelConfig("bert_base", size=(("num_layers", "1"), ("hidden_dim", "8"), ("num_heads", "2"), ("mlp_dim", "16")))
 CLASSES = ("ant", "bee", "wasp")

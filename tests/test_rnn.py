@@ -15,8 +15,6 @@ from jxfer.partition import arrays_of
 from jxfer.typing import InputError
 from jxfer.weights.names.rnn import NAMINGS
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TINY = RnnConfig(vocab_size=11, embedding_dim=4, hidden_dim=3, num_layers=2)
 HIDDEN = nnx.jit(lambda model, x: run_stages(model, x, stop="pool"))
 LOGITS = nnx.jit(lambda model, x: model(x))

@@ -24,8 +24,6 @@ from jxfer.step import make_eval_step, make_train_step
 from jxfer.task import Task, load_data
 from jxfer.typing import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FEWER = ("bfloat16", "int8")
 RULES = (("head/**", "head"), ("layers/11/**", "last"), ("**", "frozen"))
 MODEL = "tiny_convnet"

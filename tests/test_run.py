@@ -19,8 +19,6 @@ from jxfer.surgery.head import NewHead
 from jxfer.task import load_data
 from jxfer.typing import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TRAINS = {
     "scratch": ("",),
     "zero_shot": (),

@@ -10,8 +10,6 @@ from jxfer.models.attention import PostNormBlock, PreNormBlock
 from jxfer.models.scan import scan_blocks
 from jxfer.typing import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 DIM = 8
 
 

@@ -18,8 +18,6 @@ from jxfer.source import load_run
 from jxfer.surgery.head import NewHead
 from jxfer.typing import InterruptedRun
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SOLVED = ("logistic_probe", "ridge_probe", "nearest_mean", "nearest_neighbours", "head2toe")
 
 

@@ -15,8 +15,6 @@ from jxfer.typing import InputError
 from jxfer.weights.names import identify, namings_of
 from jxfer.weights.save import export_tensors, write_safetensors
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MODEL = "tiny_resnet20"
 
 

@@ -13,8 +13,6 @@ from jxfer.models.resnet import ResNet, ResNetConfig
 from jxfer.models.stages import Staged, run_stages, stage_of
 from jxfer.typing import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def convnet(rngs: nnx.Rngs) -> nnx.Module:
     return models.build(ModelConfig("convnet"), num_classes=3, input_shape=(8, 8, 3), rngs=rngs)

@@ -83,14 +83,14 @@ def experiment(monkeypatch, tmp_path):
     return runs.with_methods(runs.write_data(tmp_path / "data"), methods.linear_probe, methods.fine_tuning)
 
 
-def test_each_phase_is_compared_with_training_online(experiment, quick_compiles):
+def test_each_phase_is_compared_with_training_online(experiment):
     same, online = equivalence.compare(experiment, runs.QUIET)
     assert (same.boundary, same.ok, online.boundary, online.ok) == ("head", True, None, True)
     assert "the same, largest relative difference" in str(same)
     assert str(online) == "fine_tuning · tune: online: the first stage trains, so there is no frozen prefix to store"
 
 
-def test_features_of_other_images_are_not_the_same(experiment, monkeypatch, quick_compiles):
+def test_features_of_other_images_are_not_the_same(experiment, monkeypatch):
     probe = dataclasses.replace(experiment, methods=(methods.linear_probe,))
 
     def prepare(config, **kwargs):

@@ -16,8 +16,6 @@ from survival import KINDS, Starter, assert_same, assert_whole, starter
 
 from jxfer import checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 EXPERIMENT = '''"""Pre-training, stored features, a population of heads; a path, and fine-tuning from its head."""
 
 from jxfer import methods
@@ -48,7 +46,7 @@ def file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def starts(file, quick_compiles) -> Iterator[Starter]:
+def starts(file) -> Iterator[Starter]:
     with starter(file, file.with_name("xla")) as starts:
         yield starts
 

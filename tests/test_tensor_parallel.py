@@ -26,8 +26,6 @@ from jxfer.step import make_train_step
 from jxfer.task import load_data
 from jxfer.typing import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 NUM_LAYERS, DIM, HEADS, MLP = 2, 32, 4, 96
 VIT = ViTConfig(4, DIM, NUM_LAYERS, HEADS, MLP)
 BERT = BertConfig(DIM, NUM_LAYERS, HEADS, MLP, vocab_size=24, max_positions=8, dropout=0.0)

@@ -15,8 +15,6 @@ from jxfer.search import Job
 from jxfer.trace import traced
 from jxfer.typing import InterruptedRun
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):

@@ -22,8 +22,6 @@ from jxfer.weights.names import convnext as convnext_names
 from jxfer.weights.names import vit as vit_names
 from jxfer.weights.tensors import in_memory
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CLASSES = 3
 TINY_BERT = BertConfig(8, 2, 2, 16, vocab_size=20, max_positions=12)
 TINY_VIT = ViTConfig(4, 8, 2, 2, 16)

@@ -18,8 +18,6 @@ from jxfer.weights.resize import InputChannels
 from jxfer.weights.save import export_tensors
 from jxfer.weights.tensors import in_memory
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 class Net(nnx.Module):
     """Something of everything: kernels of two kinds, statistics, leaves that share a tensor, random keys."""

@@ -20,7 +20,6 @@ from jxfer.weights.resize import InputChannels, PatchKernel, Positions, resample
 from jxfer.weights.save import export_tensors
 from jxfer.weights.tensors import in_memory
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 SIDES = st.integers(1, 7)
 
 

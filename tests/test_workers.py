@@ -22,8 +22,6 @@ from jxfer.overrides import load_experiment
 from jxfer.search import Job
 from jxfer.typing import InterruptedRun
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GRID = Experiment("grid", methods=(methods.scratch, methods.zero_shot), shots=(1, 2), seeds=2)
 JOBS = list(ablate.grid(GRID))
 
