@@ -87,7 +87,7 @@ def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(experiment, source
         for name in ("stopped", "undisturbed")
     ]
     stopped, undisturbed = ([row for row in log if row["split"] == "validation"] for log in logs)
-    if checkpoint_every is not None:  # else a variant that was done is trained again from where it was stopped
+    if checkpoint_every is not None:  # without, rows of steps that are taken again can be there twice
         assert stopped == undisturbed, "every row of the log is kept, and none is there twice"
 
 
