@@ -61,8 +61,11 @@ def _compilation_cache_as_before() -> Iterator[None]:
 def quick_compiles() -> None:
     """Trades the speed of compiled programs for that of compiling them, here and in child processes.
 
-    Tests make many programs and run each a few times; results keep their laws, only XLA's choices change.
+    Tests make many programs and run each a few times; results keep their laws, only XLA's choices change. With
+    `JXFER_TEST_OPTIMIZED` set they are compiled as users compile them, which CI does where bits matter most.
     """
+    if os.environ.get("JXFER_TEST_OPTIMIZED"):
+        return
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
 
