@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -248,9 +249,18 @@ def _await_write(response: Any, directory: Path) -> None:
         code = error.errno if isinstance(error, OSError) else _os_error(str(error))
         if code is None:
             raise
-        for leftover in directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # a full disk has no room for half a checkpoint
+        _remove_half(directory)  # a full disk has no room for it
         raise OSError(code, os.strerror(code), str(directory)) from error
+
+
+def _remove_half(directory: Path) -> None:
+    """Removes what a failed save has written, again while other arrays of it are still being written there."""
+    started = last_seen = time.monotonic()
+    while time.monotonic() < min(last_seen + 0.15, started + 2):
+        for leftover in directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+            last_seen = time.monotonic()
+        time.sleep(0.02)
 
 
 def _os_error(text: str) -> int | None:

@@ -1,11 +1,13 @@
 """Tests of jxfer/checkpoint.py: what is saved comes back whole, on any device count, and nothing half-written does."""
 
+import errno
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -372,3 +374,19 @@ def kill_while_saving(script: Path, directory: Path, *, seconds: float) -> None:
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_what_other_arrays_of_a_failed_save_write_later_is_removed_too(tmp_path):
+    half = tmp_path / "4.orbax-checkpoint-tmp"
+    late = threading.Timer(0.07, lambda: (half / "d").mkdir(parents=True))
+
+    class Response:
+        def result(self) -> None:
+            half.mkdir()
+            late.start()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint._await_write(Response(), tmp_path / "4")
+    late.join()
+    assert not list(tmp_path.iterdir())
