@@ -48,6 +48,14 @@ def _room_for_programs() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _room_after_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Likewise, because the slow tests of a file alone may be too many."""
+    yield
+    if request.node.get_closest_marker("slow"):
+        programs.make_room()
+
+
+@pytest.fixture(autouse=True)
 def _compilation_cache_as_before() -> Iterator[None]:
     """Ends the writing of compiled programs to disk that a command begins: it has crashed in long test processes."""
     before = jax.config.jax_compilation_cache_dir
