@@ -192,7 +192,7 @@ class SearchConfig:
     penalty_weight: tuple[float, ...] = ()
     """Of the methods that have penalties."""
     head_seed: tuple[int, ...] = ()
-    """Seeds of the random weights of new heads."""
+    """Seeds of the random weights of new heads and adapters."""
     adapter_scale: tuple[float, ...] = ()
     """Of the methods that have adapters."""
     samples: int | None = None

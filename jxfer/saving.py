@@ -43,7 +43,9 @@ def with_saving(
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arrays_of(model))
     rows = jax.eval_shape(run, shapes, inputs).values()
-    num_rows = num_examples * (experiment.views or 1)
+    # A solver sees each example once, as it is.
+    views = 1 if planned.phase.solver is not None else experiment.views or 1
+    num_rows = num_examples * views
     num_bytes = num_rows * sum(math.prod(row.shape[1:]) * row.dtype.itemsize for row in rows)
     once = predicted_flops(run, shapes, inputs) / len(inputs) * num_rows
     parts = [planned.why, f"{_bytes(num_bytes)} for all {num_examples:,} examples"]
@@ -51,7 +53,7 @@ def with_saving(
         parts.append(f"computing them takes {once:.2g} FLOPs")
     else:
         epoch = cost.step_flops / experiment.train.batch_size * num_examples
-        online = epoch + once / (experiment.views or 1)
+        online = epoch + once / views
         parts.append(f"an epoch of these takes {epoch:.2g} FLOPs instead of {online:.2g}, after {once:.2g} once")
     if num_bytes > limit_bytes():
         parts.append(f"more than {LIMIT}={limit_bytes() / 1e9:g} allows")

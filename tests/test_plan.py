@@ -293,7 +293,8 @@ def test_a_step_on_stored_features_costs_a_small_share_of_the_online_one(monkeyp
 
 def test_the_plan_of_a_solver_says_what_its_features_take():
     task = dataclasses.replace(TASK, num_examples=1000)
-    ((planned, _),) = plan_method(EXPERIMENT, ridge_probe, task).phases
+    viewed = dataclasses.replace(EXPERIMENT, views=3)  # of which a solver sees none
+    ((planned, _),) = plan_method(viewed, ridge_probe, task).phases
     width = abstract(ridge_probe).head.in_features
     assert f"; {4 * width / 1000:,.1f} MB for all 1,000 examples; computing them takes " in planned.why
 
