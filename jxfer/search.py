@@ -230,11 +230,12 @@ def _train_part(
 ) -> list[Candidate]:
     first = part[0]
     try:
-        if len(part) == 1 or population.cost is None:
+        if len(part) == 1:
             found: list[PhaseResult | NonFiniteError] = [
                 run_phase(first.context, planned, first.lazy.model, splits, index=index)
             ]
         else:
+            assert population.cost is not None, "what trains together was costed when that was planned"
             contexts, models = [each.context for each in part], [each.lazy.model for each in part]
             found = [*run_population(contexts, planned, models, splits, index=index, cost=population.cost)]
     except NonFiniteError as error:

@@ -84,8 +84,8 @@ def adapt(model: nnx.Module, ranks: Rules, *, adapter_scale: float, rngs: nnx.Rn
     }
     found = paths.match_rules(layers, ranks, what="kernel of a linear layer or convolution") if layers else {}
     if not any(found.values()):
-        kinds = "linear layer (nnx.Linear) and no convolution (nnx.Conv) without groups" if not layers else ""
-        why = f"it has no {kinds}" if kinds else "every rank is 0"
+        none = "it has no linear layer (nnx.Linear) and no convolution (nnx.Conv) without groups"
+        why = "every rank is 0" if layers else none
         raise InputError(f"LoRA puts no update into {type(model).__name__}: {why}")
     for path, rank in found.items():
         if rank:
